@@ -1,0 +1,359 @@
+"""One raster file: what its header says, which errors it earns, how its pixels become colours."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from odc.geo.crs import CRS
+from odc.geo.geobox import GeoBox
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window
+
+from soundmap.errors import InputError, SourceError, UsageError
+from soundmap.sources._rescale import Rescale
+
+# GDAL's cache is one for the whole process and would grow to 5 % of the memory. What it must hold
+# is what two reads share: at most, in a raster stored in strips, the rows of one block over its
+# whole width (2,100 rows x 10,000 px x RGB = 63 MB).
+GDAL_OPTIONS: dict[str, Any] = {"GDAL_CACHEMAX": 40 * 1024 * 1024}
+
+_OPENING = threading.Lock()
+
+_HASHED_PIECES, _PIECE_BYTES = 16, 16 * 1024
+_CHECKED_BLOCKS = 512
+
+# Zero-padded, as Sentinel-2 names its bands: "B4" is red to Landsat 8 but infrared to Landsat 7.
+_NAMES = (("red", "b04"), ("green", "b03"), ("blue", "b02"))
+
+
+@dataclass(frozen=True, eq=False)
+class RasterFile:
+    """A raster's header, as far as reading it needs it."""
+
+    path: Path
+    grid: GeoBox
+    """Its pixel grid as stored: may be rotated or south-up."""
+    bands: tuple[int, ...]
+    """Three bands for red, green and blue, or one for grey or a palette; counted from 1."""
+    bands_how: str
+    """Why those bands."""
+    dtype: str
+    mask: Literal["none", "mask", "band masks", "alpha", "nodata"]
+    """What says which pixels are valid."""
+    alpha: int | None
+    nodata: tuple[float | None, ...]
+    """One per chosen band."""
+    palette: NDArray[np.uint8] | None
+    """uint8[N, 4], red, green, blue, alpha per stored number."""
+    overviews: tuple[int, ...]
+    block_px: tuple[int, int]
+    attribution: str
+    licence: str
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the stored numbers are quantities that a stretch applies to."""
+        return self.palette is None
+
+    def window(
+        self,
+        dataset: rasterio.DatasetReader,
+        rescale: Rescale | None,
+        row0: int,
+        row1: int,
+        col0: int,
+        col1: int,
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Colours uint8[3, h, w] (0 where not valid) and validity bool[h, w] of a window."""
+        values, valid = self.values(dataset, Window.from_slices((row0, row1), (col0, col1)))
+        if self.palette is not None:
+            colours = self.palette[values[0]]
+            valid &= colours[..., 3] > 0
+            pixels = np.ascontiguousarray(np.moveaxis(colours[..., :3], -1, 0))
+        else:
+            pixels = rescale.apply(values) if rescale else values.astype(np.uint8, copy=False)
+            if len(pixels) == 1:
+                pixels = np.repeat(pixels, 3, axis=0)
+        if not valid.all():
+            pixels *= valid
+        return pixels, valid
+
+    def values(
+        self,
+        dataset: rasterio.DatasetReader,
+        window: Window,
+        shape: tuple[int, int] | None = None,
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Stored numbers [1 or 3, h, w] and validity bool[h, w], thinned to ``shape`` if given.
+
+        A pixel is not valid where the raster says so, as GDAL's dataset mask has it, but for the
+        chosen bands: mask band 0; alpha 0; or all of the bands at their nodata value, so that a
+        dark pixel with one band at 0 is kept. Neither is one where a number is not finite.
+        """
+        bands = [*self.bands, self.alpha] if self.mask == "alpha" and self.alpha else self.bands
+        args: dict[str, Any] = {"window": window}
+        if shape is not None:
+            args["out_shape"] = shape
+        try:
+            stored = _read_bands(dataset, bands, args)
+            if self.mask == "mask":
+                valid = dataset.read_masks(1, **args) > 0
+            elif self.mask == "band masks":
+                valid = (dataset.read_masks(list(self.bands), **args) > 0).any(axis=0)
+            elif self.mask == "alpha":
+                # As in GDAL's mask, any opacity counts: 16-bit alpha of 0 and 1 exists.
+                stored, valid = stored[:-1], stored[-1] > 0
+            elif self.mask == "nodata":
+                valid = _differs(stored, self.nodata)
+            else:
+                valid = np.ones(stored.shape[1:], np.bool_)
+        except RasterioError as error:
+            raise SourceError(
+                f"{self.path}: could not be read ({reason(error)}); "
+                "if it is cut short or damaged, copy or download it again"
+            ) from error
+        if stored.dtype.kind == "f":
+            finite = np.isfinite(stored).all(axis=0)
+            if not finite.all():
+                valid &= finite
+        return stored, valid
+
+    def digest(self) -> str:
+        """Digest of the sizes of the raster's files and of pieces spread over them."""
+        with rasterio.Env(**GDAL_OPTIONS), open_dataset(self.path) as dataset:
+            files = sorted(Path(f) for f in dataset.files)
+        summary = hashlib.sha256()
+        for file in files:
+            if not file.is_file():
+                continue
+            size = file.stat().st_size
+            summary.update(f"{file.name}:{size};".encode())
+            with file.open("rb") as stream:
+                for offset in np.linspace(0, max(0, size - _PIECE_BYTES), _HASHED_PIECES):
+                    stream.seek(int(offset))
+                    summary.update(stream.read(_PIECE_BYTES))
+        return summary.hexdigest()[:16]
+
+
+def inspect(path: Path, bands: tuple[int, ...] | None) -> RasterFile:
+    """Read a raster's header.
+
+    Raises
+    ------
+    InputError
+        It is missing, not a raster, has no place on the ground, or holds no usable numbers.
+    UsageError
+        It does not have the bands asked for.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty (0 bytes); copy or download it again")
+    try:
+        with rasterio.Env(**GDAL_OPTIONS), open_dataset(path) as dataset:
+            return _describe(path, dataset, bands)
+    except RasterioError as error:
+        raise InputError(f"{path}: not a raster that GDAL can read ({reason(error)})") from error
+
+
+def open_dataset(path: Path) -> rasterio.DatasetReader:
+    """Open for reading. What is not georeferenced gets an error elsewhere, not a warning."""
+    # Warning filters belong to the whole process: two threads changing them at once could
+    # leave them changed.
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        return rasterio.open(path)
+
+
+def reason(error: BaseException) -> str:
+    """What GDAL said, without the wrapping of rasterio and without the path."""
+    inner = error.__cause__ or error
+    text = str(getattr(inner, "errmsg", None) or inner).strip().splitlines()[0]
+    return text.split("' ", 1)[-1].rstrip(".") if text.startswith("'") else text.rstrip(".")
+
+
+def _describe(
+    path: Path, dataset: rasterio.DatasetReader, asked: tuple[int, ...] | None
+) -> RasterFile:
+    if dataset.count == 0:
+        raise InputError(
+            f"{path}: holds several datasets and no bands of its own; extract one of them first, "
+            "e.g. with gdal_translate"
+        )
+    grid = _native_grid(path, dataset)
+    colours = dataset.colorinterp
+    alphas = [i for i, c in enumerate(colours, 1) if c == ColorInterp.alpha]
+    alpha = alphas[-1] if alphas else None
+    data = [i for i in range(1, dataset.count + 1) if i not in alphas]
+    bands, how = _choose_bands(path, dataset, data, asked)
+    dtypes = {dataset.dtypes[b - 1] for b in bands}
+    if any(d.startswith("complex") for d in dtypes):
+        raise InputError(f"{path}: holds complex numbers, which are not imagery")
+    _check_complete(path, dataset)
+    tags = {key.lower(): value.strip() for key, value in dataset.tags().items()}
+    return RasterFile(
+        path=path,
+        grid=grid,
+        bands=bands,
+        bands_how=how,
+        dtype=str(np.result_type(*dtypes)),
+        mask=_mask_kind(dataset, bands, alpha),
+        alpha=alpha,
+        nodata=tuple(dataset.nodatavals[b - 1] for b in bands),
+        palette=_palette(dataset, bands),
+        overviews=tuple(dataset.overviews(bands[0])),
+        block_px=dataset.block_shapes[bands[0] - 1],
+        attribution=tags.get("attribution") or tags.get("tifftag_copyright", ""),
+        licence=tags.get("licence") or tags.get("license", ""),
+    )
+
+
+def _native_grid(path: Path, dataset: rasterio.DatasetReader) -> GeoBox:
+    transform, crs = dataset.transform, dataset.crs
+    if transform.is_identity and (dataset.gcps[0] or dataset.rpcs):
+        raise InputError(
+            f"{path}: is placed by ground control points or a camera model only; warp it first: "
+            f"gdalwarp -t_srs EPSG:4326 {path.name} warped.tif"
+        )
+    if not crs:
+        raise InputError(
+            f"{path}: has no coordinate reference system; if you know it, assign it, e.g.: "
+            f"rio edit-info --crs EPSG:32633 {path.name}"
+        )
+    if transform.is_identity or transform.determinant == 0:
+        raise InputError(
+            f"{path}: does not say where its pixels lie (no geotransform); assign the corners: "
+            f"gdal_edit.py -a_ullr WEST NORTH EAST SOUTH {path.name}"
+        )
+    if not (crs.is_geographic or crs.is_projected):
+        raise InputError(
+            f"{path}: its coordinate reference system is not tied to the Earth's surface; "
+            f"warp it to one that is, or assign the right one: rio edit-info --crs ... {path.name}"
+        )
+    code = crs.to_epsg()
+    return GeoBox(dataset.shape, transform, CRS(f"EPSG:{code}" if code else crs.to_wkt()))
+
+
+def _choose_bands(
+    path: Path,
+    dataset: rasterio.DatasetReader,
+    data: Sequence[int],
+    asked: tuple[int, ...] | None,
+) -> tuple[tuple[int, ...], str]:
+    if asked is not None:
+        if len(asked) not in (1, 3):
+            raise UsageError(
+                f"--bands takes three bands (red, green, blue) or one, not {len(asked)}"
+            )
+        wrong = [b for b in asked if not 1 <= b <= dataset.count]
+        if wrong:
+            has = "1 band" if dataset.count == 1 else f"{dataset.count} bands (1 to the last)"
+            raise UsageError(f"--bands: {path} has {has}, so there is no band {wrong[0]}")
+        return tuple(asked), "given"
+    if not data:
+        raise InputError(f"{path}: has an alpha band but no imagery")
+    colours = {c: i for i, c in reversed(list(enumerate(dataset.colorinterp, 1)))}
+    rgb = [colours.get(c) for c in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)]
+    if all(rgb):
+        return tuple(b for b in rgb if b), "by colour interpretation"
+    described = {(d or "").strip().lower(): i for i, d in enumerate(dataset.descriptions, 1)}
+    rgb = [next((described[n] for n in names if n in described), None) for names in _NAMES]
+    if all(rgb):
+        return tuple(b for b in rgb if b), "by band names"
+    if len(data) >= 3:
+        return tuple(data[:3]), "the first three"
+    return (data[0],), "the only one" if len(data) == 1 else "the first of two"
+
+
+def _mask_kind(
+    dataset: rasterio.DatasetReader, bands: tuple[int, ...], alpha: int | None
+) -> Literal["none", "mask", "band masks", "alpha", "nodata"]:
+    flags = [set(dataset.mask_flag_enums[b - 1]) for b in bands]
+    if all(MaskFlags.per_dataset in f and MaskFlags.alpha not in f for f in flags):
+        return "mask"
+    if alpha is not None:
+        return "alpha"
+    if any(MaskFlags.all_valid in f for f in flags):
+        return "none"
+    if all(MaskFlags.nodata in f and MaskFlags.per_dataset not in f for f in flags):
+        return "nodata"
+    return "band masks"
+
+
+def _palette(dataset: rasterio.DatasetReader, bands: tuple[int, ...]) -> NDArray[np.uint8] | None:
+    band, dtype = bands[0], dataset.dtypes[bands[0] - 1]
+    if len(set(bands)) > 1 or dataset.colorinterp[band - 1] != ColorInterp.palette:
+        return None
+    if dtype not in ("uint8", "uint16"):
+        return None
+    try:
+        entries = dataset.colormap(band)
+    except ValueError:
+        return None
+    # Numbers that the table does not list stay transparent.
+    table = np.zeros((2 ** (8 * np.dtype(dtype).itemsize), 4), np.uint8)
+    for number, colour in entries.items():
+        table[number] = colour
+    return table
+
+
+def _check_complete(path: Path, dataset: rasterio.DatasetReader) -> None:
+    """Refuse what lacks pixels, before hours are spent on it: cut TIFFs, VRTs of missing files."""
+    if dataset.driver == "VRT":
+        for name in dataset.files:
+            # Other names are addresses or parts of files, which only GDAL can look up.
+            if not (name.startswith("/vsi") or ":" in name[2:] or Path(name).exists()):
+                raise InputError(f"{path}: refers to {name}, which does not exist")
+    if dataset.driver != "GTiff" or not path.is_file():
+        return
+    size = os.path.getsize(path)
+    height, width = dataset.block_shapes[0]
+    down, across = -(-dataset.height // height), -(-dataset.width // width)
+    n = down * across
+    for k in np.unique(np.linspace(0, n - 1, min(n, _CHECKED_BLOCKS)).astype(int))[::-1]:
+        block = f"{k % across}_{k // across}"
+        # Where bands are stored one after another, the last one is cut first.
+        band = dataset.count
+        offset = dataset.get_tag_item(f"BLOCK_OFFSET_{block}", "TIFF", bidx=band)
+        length = dataset.get_tag_item(f"BLOCK_SIZE_{block}", "TIFF", bidx=band)
+        if offset and length and int(offset) + int(length) > size:
+            raise InputError(
+                f"{path}: is cut short or damaged (it has {size} bytes, but pixels up to byte "
+                f"{int(offset) + int(length)}); copy or download it again"
+            )
+
+
+def _read_bands(
+    dataset: rasterio.DatasetReader, bands: Sequence[int], args: dict[str, Any]
+) -> NDArray[Any]:
+    if len({dataset.dtypes[b - 1] for b in bands}) == 1:
+        # All at once: where pixels are interleaved, each block is decoded but once.
+        if "out_shape" in args:
+            args = {**args, "out_shape": (len(bands), *args["out_shape"])}
+        return dataset.read(list(bands), **args)
+    return np.stack([dataset.read(b, **args) for b in bands])
+
+
+def _differs(stored: NDArray[Any], nodata: Sequence[float | None]) -> NDArray[np.bool_]:
+    """Where at least one band is not at its nodata value."""
+    valid = np.zeros(stored.shape[1:], np.bool_)
+    for band, value in zip(stored, nodata, strict=True):
+        if value is None:
+            valid[:] = True
+        elif np.isnan(value):
+            valid |= ~np.isnan(band) if band.dtype.kind == "f" else True
+        else:
+            # The number in the header may carry more digits than the band's type can hold.
+            valid |= band != (band.dtype.type(value) if band.dtype.kind == "f" else value)
+    return valid

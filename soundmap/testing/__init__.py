@@ -1,0 +1,1 @@
+"""Fakes and contract tests that authors of plug-ins reuse."""

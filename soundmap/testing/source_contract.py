@@ -1,0 +1,208 @@
+"""What every imagery source must keep, as a test class to inherit.
+
+::
+
+    class TestMySource(SourceContract):
+        def make_source(self):
+            return MySource("somewhere")
+"""
+
+from __future__ import annotations
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from affine import Affine
+from odc.geo.geobox import GeoBox
+
+from soundmap.grid import cell_lonlat, local_metric_crs
+from soundmap.sources.base import Image, Source
+
+
+class SourceContract:
+    """Tests of the promises in :class:`soundmap.sources.base.Source`.
+
+    Subclasses give ``make_source``. The others have defaults for sources with a native grid.
+    """
+
+    rounding = 0
+    """Grey levels by which a pixel may differ when it is read as part of another grid; 1 for
+    sources that resample all that they read."""
+
+    def make_source(self) -> Source:
+        """Return a new source; imagery should be at least 64 px each way."""
+        raise NotImplementedError
+
+    def watch_pixels(self, monkeypatch: pytest.MonkeyPatch) -> list[object] | None:
+        """Arrange that each reading of stored pixels appends to the list returned.
+
+        None, the default, leaves out the test that constructing reads no pixels.
+        """
+        return None
+
+    def grid_within(self, source: Source) -> GeoBox:
+        """Return a small grid over the imagery; by default the middle of its native grid."""
+        native = source.info.native_grid
+        if native is None:
+            raise NotImplementedError("an endless source must say where to look")
+        height, width = native.shape
+        rows, cols = min(96, height), min(96, width)
+        row, col = (height - rows) // 2, (width - cols) // 2
+        return _part(native, row, row + rows, col, col + cols)
+
+    def grid_outside(self, source: Source) -> GeoBox:
+        """Return a grid where there is no imagery; by default two widths beside the native grid."""
+        native = source.info.native_grid
+        if native is None:
+            pytest.skip("the source is endless")
+        return _part(native, 0, 32, 3 * native.shape[1], 3 * native.shape[1] + 32)
+
+    @pytest.fixture
+    def source(self) -> Source:
+        """Return the source under test."""
+        return self.make_source()
+
+    def test_keeps_the_protocol(self, source: Source) -> None:
+        """It has what the protocol names."""
+        assert isinstance(source, Source)
+
+    def test_constructing_reads_no_pixels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Thousands of workers construct sources: that must cost headers only."""
+        seen = self.watch_pixels(monkeypatch)
+        if seen is None:
+            pytest.skip("the subclass does not watch pixel reads")
+        source = self.make_source()
+        assert not seen
+        source.read(self.grid_within(source))
+        assert seen, "the watch sees nothing, so it proves nothing"
+
+    def test_info(self, source: Source) -> None:
+        """The facts are there, are text, and are the same each time."""
+        info = source.info
+        assert info.name
+        assert np.isfinite(info.native_gsd_m)
+        assert info.native_gsd_m > 0
+        assert info.facts, "facts are part of a run's fingerprint"
+        assert all(isinstance(k, str) and isinstance(v, str) for k, v in info.facts.items())
+        assert info == self.make_source().info
+
+    def test_fills_the_grid(self, source: Source) -> None:
+        """An image has the shape, types and place that were asked for."""
+        grid = self.grid_within(source)
+        image = source.read(grid)
+        _check(image, grid)
+        assert image.valid.any(), "choose grid_within where there is imagery"
+
+    def test_fills_other_grids(self, source: Source) -> None:
+        """So it has on grids that are not its own."""
+        for grid in self._other_grids(source):
+            image = source.read(grid)
+            _check(image, grid)
+            assert image.valid.any()
+
+    def test_outside_is_not_valid(self, source: Source) -> None:
+        """Where there is no imagery nothing is valid, and nothing is raised."""
+        grid = self.grid_outside(source)
+        image = source.read(grid)
+        _check(image, grid)
+        assert not image.valid.any()
+
+    def test_same_again(self, source: Source) -> None:
+        """Reading twice gives the same pixels."""
+        grid = self.grid_within(source)
+        _same(source.read(grid), source.read(grid))
+
+    def test_part_is_the_part_of_the_whole(self, source: Source) -> None:
+        """What a pixel holds does not depend on what else was asked for."""
+        grid = self.grid_within(source)
+        rows, cols = grid.shape
+        whole = source.read(grid)
+        for row0, row1, col0, col1 in ((0, rows // 2, 0, cols), (5, 6, 7, 8), (3, rows, 11, cols)):
+            part = source.read(_part(grid, row0, row1, col0, col1))
+            step = part.pixels.astype(int) - whole.pixels[:, row0:row1, col0:col1]
+            assert np.abs(step).max() <= self.rounding
+            assert np.array_equal(part.valid, whole.valid[row0:row1, col0:col1])
+
+    def test_part_is_the_part_of_the_whole_on_other_grids(self, source: Source) -> None:
+        """Nor does it where pixels are resampled."""
+        for grid in self._other_grids(source):
+            rows, cols = grid.shape
+            whole = source.read(grid)
+            part = source.read(_part(grid, rows // 3, rows, 5, cols - 2))
+            cut = (slice(rows // 3, rows), slice(5, cols - 2))
+            seen = part.valid & whole.valid[cut]
+            # Coordinates are found a little differently: a pixel may round the other way.
+            assert np.mean(part.valid != whole.valid[cut]) < 0.005
+            step = part.pixels[:, seen].astype(int) - whole.pixels[:, *cut][:, seen]
+            assert np.abs(step).max(initial=0) <= 1
+
+    def test_coarser_is_averaged(self, source: Source) -> None:
+        """A pixel of 4 x 4 native ones is their mean."""
+        grid = self.grid_within(source)
+        rows, cols = grid.shape[0] // 4 * 4, grid.shape[1] // 4 * 4
+        fine = source.read(_part(grid, 0, rows, 0, cols))
+        coarse = source.read(
+            GeoBox((rows // 4, cols // 4), grid.affine * Affine.scale(4), grid.crs)
+        )
+        blocks = (rows // 4, 4, cols // 4, 4)
+        whole = fine.valid.reshape(blocks).all(axis=(1, 3))
+        mean = fine.pixels.reshape(3, *blocks).mean(axis=(2, 4))
+        assert coarse.valid[whole].all()
+        assert not coarse.valid[~fine.valid.reshape(blocks).any(axis=(1, 3))].any()
+        assert np.abs(coarse.pixels - mean)[:, whole].max(initial=0) <= 1
+
+    def test_copy_reads_the_same(self, source: Source) -> None:
+        """Pickled, before or after reading, it reads the same."""
+        grids = [self.grid_within(source), *self._other_grids(source)]
+        unread = pickle.loads(pickle.dumps(source))
+        before = [source.read(grid) for grid in grids]
+        for copy in (unread, pickle.loads(pickle.dumps(source))):
+            assert copy.info == source.info
+            for grid, image in zip(grids, before, strict=True):
+                _same(copy.read(grid), image)
+
+    def test_threads_read_what_one_reads(self, source: Source) -> None:
+        """Eight threads get what one gets."""
+        grid = self.grid_within(source)
+        rows, cols = grid.shape
+        grids = [
+            _part(grid, r, min(r + 40, rows), c, min(c + 40, cols))
+            for r in range(0, rows, 20)
+            for c in range(0, cols, 20)
+        ] + self._other_grids(source)
+        alone = [self.make_source().read(g) for g in grids]
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(source.read, grids * 2))
+        for one, other in zip(alone * 2, together, strict=True):
+            _same(one, other)
+
+    def _other_grids(self, source: Source) -> list[GeoBox]:
+        """Shifted and finer, and in a metric CRS, of the size of ``grid_within``."""
+        grid = self.grid_within(source)
+        shifted = grid.affine * Affine.translation(0.3, 0.6) * Affine.scale(0.7)
+        lon, lat = cell_lonlat(grid)
+        middle = (grid.shape[0] // 2, grid.shape[1] // 2)
+        crs = local_metric_crs(float(lon[middle]), float(lat[middle]))
+        turned = grid.to_crs(crs)
+        return [GeoBox(grid.shape, shifted, grid.crs), turned]
+
+
+def _part(grid: GeoBox, row0: int, row1: int, col0: int, col1: int) -> GeoBox:
+    affine = grid.affine * Affine.translation(col0, row0)
+    return GeoBox((row1 - row0, col1 - col0), affine, grid.crs)
+
+
+def _check(image: Image, grid: GeoBox) -> None:
+    assert image.grid == grid
+    assert image.pixels.dtype == np.uint8
+    assert image.pixels.shape == (3, *grid.shape)
+    assert image.valid.dtype == np.bool_
+    assert image.valid.shape == tuple(grid.shape)
+    assert not image.pixels[:, ~image.valid].any()
+
+
+def _same(one: Image, other: Image) -> None:
+    assert np.array_equal(one.valid, other.valid)
+    assert np.array_equal(one.pixels, other.pixels)

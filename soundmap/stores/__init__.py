@@ -1,0 +1,1 @@
+"""Where maps are kept: schema, Zarr store, GeoTIFF export, style, description, picture."""

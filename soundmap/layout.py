@@ -1,0 +1,239 @@
+"""Where a map's cells lie and at which ground sampling distance imagery is read for them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from affine import Affine
+from odc.geo.crs import CRS
+from odc.geo.geobox import GeoBox
+from odc.geo.geom import BoundingBox
+from pyproj.exceptions import CRSError
+
+from soundmap.encoder import InputSpec, Reading
+from soundmap.errors import InputError, UsageError
+from soundmap.grid import is_locally_metric, metres_per_unit, region_bounds, snap_grid
+from soundmap.lattice import Lattice
+from soundmap.region import Region, region_from_geobox
+from soundmap.sources.base import SourceInfo
+
+# A window of 64 such pixels is wider than 60 km: no model could name the sound of that.
+_COARSEST_GSD_M = 1000.0
+# Imagery held at once for a unit, pixels along one side.
+_UNIT_PX = 2048
+_MOST_UNIT_CELLS = 512
+_LEAST_UNIT_CELLS = 16
+# Windows of models whose patches need little context: so many cells, and their margin, a side.
+_TILE_CELLS = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The cells of a map and how imagery is read for them."""
+
+    grid: GeoBox
+    """All output cells, north-up."""
+    region: Region
+    """What is mapped."""
+    lattice: Lattice | None
+    """Where windows lie; None: in each cell's own UTM or polar zone."""
+    reading: Reading
+    unit_cells: int
+    """Side of a unit of work in cells."""
+    cell_m: float
+    """Ground metres along a cell."""
+
+
+def parse_crs(text: str) -> CRS:
+    """Read a CRS as a user writes it: "EPSG:32633", "32633", or WKT.
+
+    Raises
+    ------
+    UsageError
+        It is not a CRS with coordinates on the ground.
+    """
+    try:
+        crs = CRS(f"EPSG:{text}" if text.strip().isdigit() else text)
+        usable = crs.geographic or crs.projected
+    except (CRSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"--crs {text!r} is not a CRS: give auto or a code like EPSG:32633"
+        ) from error
+    if not usable:
+        raise UsageError(
+            f"--crs {text!r} is neither geographic nor projected: give EPSG:32633, say"
+        )
+    return crs
+
+
+def cell_px_of(spec: InputSpec, detail: str) -> int:
+    """Pixels along a cell: of a patch, or of a window."""
+    return spec.patch_px if detail == "patch" else spec.window_px
+
+
+def lattice_of(
+    spec: InputSpec,
+    detail: str,
+    crs: CRS,
+    cell: tuple[float, float],
+    anchor: tuple[float, float],
+) -> Lattice:
+    """Lay a model's cells and windows out in a CRS."""
+    cell_px = cell_px_of(spec, detail)
+    if detail == "image":
+        return Lattice(crs, cell, anchor, cell_px, 1)
+    if spec.context_px is None:
+        return Lattice(crs, cell, anchor, cell_px, spec.patches)
+    margin = -(-spec.context_px // cell_px)
+    return Lattice(crs, cell, anchor, cell_px, _TILE_CELLS, margin)
+
+
+def choose_layout(
+    info: SourceInfo,
+    spec: InputSpec,
+    region: Region | None,
+    *,
+    detail: str = "patch",
+    crs: str = "auto",
+    resolution_m: float | None = None,
+    gsd_m: float | None = None,
+) -> Layout:
+    """Choose the cells of a map.
+
+    With ``crs="auto"`` and no resolution, cells are whole multiples of the imagery's own pixels,
+    counted from its corner: nothing is resampled, and maps of parts share the cells of the whole.
+
+    Parameters
+    ----------
+    info
+        The imagery.
+    spec
+        What the model reads.
+    region
+        What to map; None: all of the imagery.
+    detail
+        "patch" or "image".
+    crs
+        "auto": the imagery's own.
+    resolution_m
+        Cell size in ground metres; None: the model's own.
+    gsd_m
+        Metres per pixel to read imagery at; None: chosen by the model's card.
+
+    Raises
+    ------
+    UsageError
+        An option cannot be used.
+    InputError
+        The region lies off the imagery, or the imagery is too coarse.
+    """
+    native = info.native_grid
+    if native is None or native.crs is None:
+        raise InputError(f"{info.name} has no pixel grid of its own: give a raster")
+    if info.native_gsd_m > _COARSEST_GSD_M:
+        raise InputError(
+            f"{info.name} has pixels of {info.native_gsd_m / 1000:.3g} km: too coarse to tell what "
+            f"a place sounds like; use imagery of {_COARSEST_GSD_M:g} m or finer"
+        )
+    if resolution_m is not None and not (math.isfinite(resolution_m) and resolution_m > 0):
+        raise UsageError(f"--resolution {resolution_m} is not a positive number of metres")
+    cell_px = cell_px_of(spec, detail)
+    reading = spec.reading(info.native_gsd_m, gsd_m)
+    own_cell_m = cell_px * reading.gsd_m
+    cell_m = resolution_m or own_cell_m
+
+    out_crs = native.crs if crs == "auto" else parse_crs(crs)
+    own = out_crs == native.crs
+    anchor = _corner(native) if own else (0.0, 0.0)
+    bounds = _imagery_bounds(native, out_crs, info.name)
+    if own and resolution_m is None:
+        factor = max(1, round(own_cell_m / info.native_gsd_m))
+        cell = tuple(size * factor for size in _pixel_size(native))
+    else:
+        centre = (bounds.left + bounds.right) / 2, (bounds.bottom + bounds.top) / 2
+        if region is not None:
+            part = region_bounds(region.geometry, out_crs)
+            centre = (part.left + part.right) / 2, (part.bottom + part.top) / 2
+        across, along = metres_per_unit(out_crs, *centre)
+        if not (math.isfinite(across) and math.isfinite(along)):
+            raise UsageError(
+                f"--crs {crs} does not reach the region: choose one made for the place"
+            )
+        cell = cell_m / across, cell_m / along
+    grid = _snap(bounds, (cell[0], cell[1]), anchor, "nearest" if own else "cover")
+    if region is not None:
+        asked = _snap(region_bounds(region.geometry, out_crs), (cell[0], cell[1]), anchor, "cover")
+        grid = _common(asked, grid, region, info.name)
+
+    lattice = None
+    if is_locally_metric(grid):
+        if own and resolution_m is None:
+            own_cell = (cell[0], cell[1])
+        else:
+            own_cell = (own_cell_m / cell_m * cell[0], own_cell_m / cell_m * cell[1])
+        lattice = lattice_of(spec, detail, out_crs, own_cell, anchor)
+    side = int(_UNIT_PX * reading.gsd_m / cell_m)
+    return Layout(
+        grid=grid,
+        region=region or region_from_geobox(native, info.name),
+        lattice=lattice,
+        reading=reading,
+        unit_cells=min(_MOST_UNIT_CELLS, max(_LEAST_UNIT_CELLS, side)),
+        cell_m=cell_m,
+    )
+
+
+def _corner(native: GeoBox) -> tuple[float, float]:
+    bounds = native.boundingbox
+    return bounds.left, bounds.top
+
+
+def _pixel_size(native: GeoBox) -> tuple[float, float]:
+    """Width and height of a pixel in CRS units; for a rotated grid, of a square of its area."""
+    a = native.affine
+    if a.b or a.d:
+        side = math.sqrt(abs(a.determinant))
+        return side, side
+    return abs(a.a), abs(a.e)
+
+
+def _imagery_bounds(native: GeoBox, crs: CRS, name: str) -> BoundingBox:
+    if crs == native.crs:
+        return native.boundingbox
+    return region_bounds(region_from_geobox(native, name).geometry, crs)
+
+
+def _snap(
+    bounds: BoundingBox, cell: tuple[float, float], anchor: tuple[float, float], mode: str
+) -> GeoBox:
+    """Snap in units of cells, as their width and height may differ."""
+    (width, height), (x, y) = cell, anchor
+    # Rows are counted downwards, so that half a cell at the bottom is rounded as one to the right.
+    counted = BoundingBox(
+        (bounds.left - x) / width,
+        (y - bounds.top) / height,
+        (bounds.right - x) / width,
+        (y - bounds.bottom) / height,
+        bounds.crs,
+    )
+    grid = snap_grid(counted, 1.0, (0.0, 0.0), mode)
+    col, row = round(grid.affine.c), round(grid.affine.f) - grid.shape[0]
+    affine = Affine(width, 0, x + col * width, 0, -height, y - row * height)
+    return GeoBox(grid.shape, affine, bounds.crs)
+
+
+def _common(asked: GeoBox, imagery: GeoBox, region: Region, name: str) -> GeoBox:
+    """Cells of both grids, which share their lines."""
+    a, b = asked.boundingbox, imagery.boundingbox
+    width, height = asked.affine.a, -asked.affine.e
+    left, right = max(a.left, b.left), min(a.right, b.right)
+    bottom, top = max(a.bottom, b.bottom), min(a.top, b.top)
+    cols, rows = round((right - left) / width), round((top - bottom) / height)
+    if cols < 1 or rows < 1:
+        raise InputError(
+            f"the region ({region.label}) lies off the imagery {name}: `rio info --bounds` or "
+            "`gdalinfo` shows what the imagery covers"
+        )
+    # The corner is taken from a grid line, not computed anew, so that it agrees to the last bit.
+    return GeoBox((rows, cols), Affine(width, 0, left, 0, -height, top), asked.crs)

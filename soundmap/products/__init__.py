@@ -1,0 +1,1 @@
+"""What is made with maps and models beyond the map itself."""

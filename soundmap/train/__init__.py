@@ -1,0 +1,1 @@
+"""Training: data sets, augmentation, losses and the loop that makes a bundled model."""

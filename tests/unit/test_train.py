@@ -1,0 +1,457 @@
+"""Training on little: losses fall, patchwork knows its patches' origin, figures are right."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from soundmap.encoder.torch_encoder import model_config
+from soundmap.errors import InputError
+from soundmap.nn.model import ModelConfig, SoundModel
+from soundmap.nn.vit import ViTConfig
+from soundmap.products.evaluate import as_windows, auc, concept_scores
+from soundmap.products.labelled import Audibility, LabelledImages, load_audibility
+from soundmap.testing.fake_encoder import FakeEncoder
+from soundmap.train.augment import Patchwork, crop_resize, hide, patchwork, recolour, turn
+from soundmap.train.calibrate import calibrate
+from soundmap.train.loop import (
+    WEIGHTS,
+    Diet,
+    Phase,
+    Phrases,
+    TrainConfig,
+    fit,
+    save_weights,
+    step_loss,
+)
+from soundmap.train.losses import agreement_loss, caption_loss, phrase_loss, spread_loss
+
+CLASSES = ("forest", "sea", "town")
+CONCEPTS = ("birds", "waves", "traffic", "wind")
+AUDIBLE = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [1, 0, 1, 0]], dtype=torch.float32)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pixels(count: int = 5, side: int = 32, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (count, 3, side, side), generator=rng(seed), dtype=torch.uint8)
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=rng(seed)), dim=-1)
+
+
+class TestAugment:
+    @pytest.mark.parametrize(("crop", "window"), [(32, 32), (20, 20), (20, 32), (32, 16), (45, 64)])
+    def test_crop_resize(self, crop: int, window: int) -> None:
+        images = pixels(side=64)
+        found = crop_resize(images, crop, window, rng())
+        assert found.shape == (5, 3, window, window)
+        assert found.dtype == torch.float32
+        assert found.min() >= 0
+        assert found.max() <= 255
+
+    def test_crops_are_parts_of_their_image(self) -> None:
+        images = pixels(side=12)
+        found = crop_resize(images, 9, 9, rng(3))
+        places = set()
+        for image, crop in zip(images.float(), found, strict=True):
+            at = [
+                (y, x)
+                for y in range(4)
+                for x in range(4)
+                if torch.equal(image[:, y : y + 9, x : x + 9], crop)
+            ]
+            assert len(at) == 1
+            places.add(at[0])
+        assert len(places) > 1
+
+    def test_flat_images_stay_flat_when_resized(self) -> None:
+        flat = torch.full((2, 3, 40, 40), 77, dtype=torch.uint8)
+        assert (crop_resize(flat, 31, 64, rng()) - 77).abs().max() < 1e-3
+
+    def test_turn(self) -> None:
+        images = pixels(64, 8).float()
+        found = turn(images, rng())
+        kinds = set()
+        for image, turned in zip(images, found, strict=True):
+            ways = [torch.rot90(image, k, (-2, -1)) for k in range(4)]
+            ways += [way.flip(-1) for way in ways]
+            same = [i for i, way in enumerate(ways) if torch.equal(way, turned)]
+            assert len(same) == 1
+            kinds.add(same[0])
+        assert kinds == set(range(8))
+
+    def test_recolour(self) -> None:
+        images = pixels(50).float()
+        before = images.clone()
+        found = recolour(images, rng())
+        assert torch.equal(images, before)
+        assert found.shape == images.shape
+        assert found.min() >= 0
+        assert found.max() <= 255
+        assert found.isfinite().all()
+        changed = (found - images).abs().mean((1, 2, 3))
+        assert changed.min() > 0.5
+        assert changed.max() < 80
+        # Each image by itself, all of its pixels alike.
+        grey = torch.full((20, 3, 4, 4), 120.0)
+        one = recolour(grey, rng())
+        assert (one - one[..., :1, :1]).abs().max() < 1e-3
+        assert one[:, 0, 0, 0].std() > 2
+
+    def test_hide(self) -> None:
+        images = pixels(60).float()
+        before = images.clone()
+        found = hide(images, 0.6, rng(1))
+        assert torch.equal(images, before)
+        changed = 0
+        for image, hidden in zip(images, found, strict=True):
+            gone = (image != hidden).any(0)
+            if not gone.any():
+                continue
+            changed += 1
+            # A rectangle, of the mean colour of all that is left.
+            rows, cols = gone.any(1).nonzero()[:, 0], gone.any(0).nonzero()[:, 0]
+            area = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(cols[0]), int(cols[-1]) + 1)
+            left = torch.ones(32, 32, dtype=torch.bool)
+            left[area] = False
+            assert left.float().mean() > 0.3
+            colour = image[:, left].mean(1)
+            assert (hidden[(slice(None), *area)] - colour[:, None, None]).abs().max() < 1e-3
+            assert torch.equal(hidden[:, left], image[:, left])
+        assert 10 < changed < 60
+        assert torch.equal(hide(images, 0.0, rng()), images)
+
+
+class TestPatchwork:
+    @pytest.mark.parametrize("seed", range(6))
+    @pytest.mark.parametrize(("batch", "side", "patch"), [(2, 32, 8), (5, 24, 8), (3, 16, 8)])
+    def test_patches_equal_their_origin(self, seed: int, batch: int, side: int, patch: int) -> None:
+        images = pixels(batch, side, seed).float()
+        found: Patchwork = patchwork(images, patch, rng(seed))
+        n = side // patch
+        assert found.pixels.shape == images.shape
+        assert found.image.shape == found.patch.shape == (batch, n * n)
+        for b in range(batch):
+            for p in range(n * n):
+                y, x = divmod(p, n)
+                here = found.pixels[b, :, y * patch :, x * patch :][:, :patch, :patch]
+                y, x = divmod(int(found.patch[b, p]), n)
+                origin = images[int(found.image[b, p])]
+                assert torch.equal(here, origin[:, y * patch :, x * patch :][:, :patch, :patch])
+
+    def test_windows_are_pieced_together(self) -> None:
+        found = patchwork(pixels(8).float(), 8, rng())
+        assert all(len(set(row.tolist())) > 1 for row in found.image)
+        own = torch.arange(16)
+        assert not (found.patch == own).all(1).any()
+
+
+class TestLosses:
+    def test_caption_loss_by_hand(self) -> None:
+        images, captions = unit(4, 6), unit(3, 6, seed=1)
+        labels = torch.tensor([0, 2, 1, 2])
+        expected = 0.0
+        for image, label in zip(images, labels, strict=True):
+            logits = [8 * float(image @ c) for c in captions]
+            expected += math.log(sum(math.exp(v) for v in logits)) - logits[int(label)]
+        found = caption_loss(images, captions, labels, torch.tensor(8.0))
+        assert float(found) == pytest.approx(expected / 4, rel=1e-5)
+
+    def test_caption_loss_of_patches(self) -> None:
+        patches, captions = unit(4, 5, 6), unit(3, 6, seed=1)
+        labels = torch.randint(0, 3, (4, 5), generator=rng())
+        whole = caption_loss(patches, captions, labels, torch.tensor(8.0))
+        flat = caption_loss(patches.flatten(0, 1), captions, labels.flatten(), torch.tensor(8.0))
+        torch.testing.assert_close(whole, flat)
+
+    def test_phrase_loss_by_hand(self) -> None:
+        images, phrases = unit(3, 6), unit(4, 6, seed=1)
+        expected = 0.0
+        for image, row in zip(images, AUDIBLE, strict=True):
+            for phrase, heard in zip(phrases, row, strict=True):
+                p = 1 / (1 + math.exp(-(9 * float(image @ phrase) - 2)))
+                expected -= math.log(p if heard else 1 - p)
+        found = phrase_loss(images, phrases, AUDIBLE, torch.tensor(9.0), torch.tensor(-2.0))
+        assert float(found) == pytest.approx(expected / 12, rel=1e-5)
+        patches = images[:, None].expand(-1, 5, -1)
+        spread = phrase_loss(
+            patches, phrases, AUDIBLE[:, None], torch.tensor(9.0), torch.tensor(-2.0)
+        )
+        torch.testing.assert_close(spread, found)
+
+    def test_agreement(self) -> None:
+        a = unit(4, 5, 6)
+        assert float(agreement_loss(a, a)) == pytest.approx(0, abs=1e-6)
+        assert float(agreement_loss(a, -a)) == pytest.approx(2, abs=1e-6)
+
+    def test_spread(self) -> None:
+        even = torch.zeros(2, 7, 16)
+        assert float(spread_loss(even).mean()) == pytest.approx(0, abs=1e-5)
+        one = torch.full((2, 7, 16), -50.0)
+        one[..., 3] = 50
+        assert float(spread_loss(one).mean()) == pytest.approx(math.log(16), rel=1e-4)
+
+
+CONFIG = ModelConfig(
+    vit=ViTConfig(
+        window_px=32,
+        patch_px=8,
+        width=32,
+        depth=1,
+        heads=2,
+        stem=(8, 16, 16),
+        stem_strides=(2, 2, 2),
+    ),
+    token_dim=32,
+    dim=32,
+    codes=48,
+    temperature=2.0,
+    text_dim=12,
+    local_patches=True,
+)
+
+
+def places(count: int = 36, side: int = 40) -> LabelledImages:
+    """Three kinds of places that differ in colour and in texture."""
+    noise = np.random.default_rng(0)
+    labels = np.arange(count) % 3
+    colours = np.array([[40, 90, 40], [20, 50, 120], [140, 130, 120]])[labels][..., None, None]
+    rough = np.array([25, 4, 60])[labels][:, None, None, None]
+    images = colours + noise.normal(size=(count, 3, side, side)) * rough
+    return LabelledImages("places", np.clip(images, 0, 255).astype(np.uint8), labels, CLASSES, 10.0)
+
+
+def words() -> Phrases:
+    captions = [torch.randn(2, 1, 12, generator=rng(i)) for i in range(3)]
+    prompts = [torch.randn(3, 1, 12, generator=rng(9 + i)) for i in range(4)]
+    return Phrases(captions, prompts, AUDIBLE)
+
+
+class TestFit:
+    diet = Diet(places(), 12, (26, 40))
+
+    def losses(self, model: SoundModel, heads: Any) -> dict[str, float]:
+        config = TrainConfig(patchwork_share=0.5)
+        with torch.no_grad():
+            terms = step_loss(model, heads, self.diet, torch.arange(12), words(), config, rng(5))
+        return {key: float(value) for key, value in terms.items()}
+
+    @pytest.mark.parametrize("local", [False, True])
+    def test_losses_fall(self, tmp_path: Path, local: bool, monkeypatch: Any) -> None:
+        import soundmap.train.loop as loop
+
+        made: list[Any] = []
+
+        class Heads(loop._Heads):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                made.append(self)
+
+        monkeypatch.setattr(loop, "_Heads", Heads)
+        config = ModelConfig(**(vars(CONFIG) | {"local_patches": local}))
+        train = TrainConfig(
+            phases=(Phase(60, 3e-3, 2), Phase(20, 2e-3, 1, fixed_norms=True, seed_offset=1)),
+            average=0.9,
+            patchwork_share=0.5,
+            save_every=30,
+        )
+        torch.manual_seed(train.seed)
+        fresh, heads = SoundModel(config), loop._Heads(config.dim, {"places": 3})
+        before = self.losses(fresh.eval(), heads)
+        assert set(before) == set(WEIGHTS)
+        assert all(math.isfinite(v) for v in before.values())
+        made.clear()
+        model = fit(config, train, [self.diet], [words()], tmp_path / "run")
+        assert not model.training
+        after = self.losses(model, made[-1])
+        # Captions take longer: three at a sharp scale are told apart last.
+        for term in ("phrase", "patch_phrase", "label"):
+            assert after[term] < 0.6 * before[term], term
+        total = [sum(WEIGHTS[k] * terms[k] for k in terms) for terms in (before, after)]
+        assert total[1] < 0.6 * total[0]
+        self.check_files(tmp_path / "run", config, model)
+
+    def check_files(self, folder: Path, config: ModelConfig, model: SoundModel) -> None:
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        first = json.loads(lines[0])
+        assert first["train"]["phases"][0]["steps"] == 60
+        assert model_config(first["model"]) == config
+        state = load_file(str(folder / "weights.safetensors"))
+        for key, value in model.state_dict().items():
+            assert torch.equal(state[key], value), key
+        assert {p.name for p in folder.iterdir()} == {"log.jsonl", "weights.safetensors"}
+
+    def test_same_seed_same_weights(self, tmp_path: Path) -> None:
+        train = TrainConfig(phases=(Phase(3, 1e-3, 1), Phase(2, 1e-3, 1, True, 1)))
+        one, other = (
+            fit(CONFIG, train, [self.diet], [words()], tmp_path / name) for name in ("a", "b")
+        )
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_draws(self) -> None:
+        phrases = words()
+        assert phrases.draw_captions(rng()).shape == (3, 1, 12)
+        assert phrases.draw_prompts(rng()).shape == (4, 1, 12)
+        seen = {tuple(phrases.draw_prompts(rng(i))[0, 0].tolist()) for i in range(40)}
+        assert seen == {tuple(p[0].tolist()) for p in phrases.prompts[0]}
+
+    def test_weights_are_replaced_whole(self, tmp_path: Path) -> None:
+        path = tmp_path / "weights.safetensors"
+        path.write_bytes(b"older")
+        model = SoundModel(CONFIG)
+        save_weights(model, path)
+        assert set(load_file(str(path))) == set(model.state_dict())
+        assert list(tmp_path.iterdir()) == [path]
+
+
+class TestAuc:
+    def brute(self, scores: NDArray[Any], truth: NDArray[np.bool_]) -> float:
+        wins = [
+            1.0 if a > b else 0.5 if a == b else 0.0 for a in scores[truth] for b in scores[~truth]
+        ]
+        return sum(wins) / len(wins)
+
+    @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
+    def test_equals_counting_pairs(self, rows: list[tuple[int, bool]]) -> None:
+        scores = np.array([score for score, _ in rows], np.float64) / 7
+        truth = np.array([kind for _, kind in rows])
+        truth[:2] = True, False
+        assert auc(scores, truth) == pytest.approx(self.brute(scores, truth), abs=1e-12)
+        assert auc(scores.astype(np.float32), truth) == pytest.approx(
+            self.brute(scores, truth), abs=1e-12
+        )
+
+    def test_extremes(self) -> None:
+        truth = np.array([False, False, True, True])
+        assert auc(np.array([1.0, 2, 3, 4]), truth) == 1
+        assert auc(np.array([4.0, 3, 2, 1]), truth) == 0
+        assert auc(np.zeros(4), truth) == 0.5
+
+    def test_concepts_with_one_kind_are_left_out(self) -> None:
+        values = np.arange(12.0).reshape(4, 3)
+        audible = np.array([[0, 1, 0], [0, 1, 1], [0, 1, 0], [0, 1, 1]], bool)
+        found = concept_scores(values, audible, ("none", "all", "some"))
+        assert [(c.concept, c.audible) for c in found] == [("some", 2)]
+        assert found[0].auc == 0.75
+
+
+class TestAsWindows:
+    def data(self, side: int, gsd_m: float) -> LabelledImages:
+        images = pixels(3, side).numpy()
+        return LabelledImages("places", images, np.arange(3), CLASSES, gsd_m)
+
+    def test_imagery_of_the_models_own_sampling_is_cut(self) -> None:
+        data = self.data(70, 8.0)
+        found, told_m = as_windows(data, FakeEncoder())
+        np.testing.assert_array_equal(found, data.pixels[:, :, 3:67, 3:67])
+        assert told_m == 8.0
+        assert found.flags.c_contiguous
+
+    def test_finer_imagery_is_averaged_by_blocks(self) -> None:
+        data = self.data(200, 3.0)
+        found, told_m = as_windows(data, FakeEncoder())
+        assert told_m == 9.0
+        assert found.shape == (3, 3, 64, 64)
+        assert found.dtype == np.uint8
+        for y, x in ((0, 0), (63, 63), (10, 40)):
+            block = data.pixels[:, :, 4 + 3 * y :, 4 + 3 * x :][:, :, :3, :3].astype(float)
+            np.testing.assert_array_equal(found[:, :, y, x], np.rint(block.mean(axis=(2, 3))))
+
+    def test_images_too_small_for_a_window(self) -> None:
+        with pytest.raises(InputError, match="do not fill a window of 64 px"):
+            as_windows(self.data(63, 10.0), FakeEncoder())
+        with pytest.raises(InputError, match="do not fill a window of 256 px"):
+            as_windows(self.data(200, 2.5), FakeEncoder())
+
+
+def audibility() -> Audibility:
+    tables = {
+        "places": {
+            name: {
+                "captions": [name],
+                "audible": {c: "" for c, a in zip(CONCEPTS, row, strict=True) if a},
+            }
+            for name, row in zip(CLASSES, AUDIBLE.tolist(), strict=True)
+        }
+    }
+    return Audibility(CONCEPTS, tables, {"wood": ("forest",), "port": ("sea", "town")})
+
+
+class TestCalibrate:
+    def test_fits_each_concept_and_one_for_all(self) -> None:
+        encoder = FakeEncoder(4)
+        data = places(60, 64)
+        vectors = encoder.embed([[0, 255, 0], [0, 0, 255], [255, 255, 255], [60, 120, 255]])
+        found = calibrate(encoder, vectors, audibility(), [data])
+        assert set(found) == {
+            f"{detail}.{kind}"
+            for detail in ("image", "patch")
+            for kind in ("scale", "bias", "generic")
+        }
+        for key, value in found.items():
+            assert value.dtype == np.float32
+            assert value.shape == ((2,) if key.endswith("generic") else (4,))
+            assert np.isfinite(value).all()
+        assert (found["image.scale"] > 0).all()
+        # Towns alone are bright: traffic is told from colour, on both details.
+        image = encoder.encode_images(data.pixels).image
+        assert image is not None
+        p = 1 / (
+            1 + np.exp(-(image @ vectors[2] * found["image.scale"][2] + found["image.bias"][2]))
+        )
+        assert p[data.labels == 2].min() > 0.8
+        assert p[data.labels != 2].max() < 0.2
+        again = calibrate(encoder, vectors, audibility(), [data])
+        for key, value in found.items():
+            np.testing.assert_array_equal(value, again[key])
+
+
+class TestAudibility:
+    def test_matrices(self) -> None:
+        table = audibility()
+        assert table.classes("places") == CLASSES
+        np.testing.assert_array_equal(table.matrix("places"), AUDIBLE.bool().numpy())
+
+    def test_load(self, tmp_path: Path) -> None:
+        data = {
+            "classes": {"eurosat": audibility().tables["places"]},
+            "sample_areas": {"port": ["sea", "town"]},
+        }
+        (tmp_path / "audibility.json").write_text(json.dumps(data))
+        table = load_audibility(tmp_path, CONCEPTS)
+        assert table.area_matrix("port").tolist() == [True, True, True, True]
+        with pytest.raises(InputError, match="forest lists") as caught:
+            load_audibility(tmp_path, ("waves", "traffic", "wind"))
+        assert "'birds'" in str(caught.value)
+
+    def test_bundled_table_fits_the_bundled_concepts(self, project: Path) -> None:
+        folder = project / "models" / "soundmap-small"
+        concepts = json.loads((folder / "concepts.json").read_text())["concepts"]
+        names = tuple(c["name"] for c in concepts)
+        table = load_audibility(folder, names)
+        for name, classes in table.tables.items():
+            # Every class sounds of something, and is described.
+            assert table.matrix(name).any(axis=1).all()
+            assert all(len(entry["captions"]) > 1 for entry in classes.values())
+        # Every concept can be heard somewhere and not elsewhere, or nothing could be fitted.
+        both = np.concatenate([table.matrix(name) for name in table.tables])
+        assert both.any(axis=0).all()
+        assert not both.all(axis=0).any()
+        for area in table.sample_areas:
+            assert table.area_matrix(area).any()

@@ -147,7 +147,7 @@ def write_model(
             "bands": "red, green, blue as uint8, as in a true-colour picture",
         },
         "training": {
-            "command": f"soundmap train --data DATA --out models/{folder.name}",
+            "command": f"soundmap train --data DATA --out models/{folder.name} --work WORK",
             "settings": asdict(recipe),
             "minutes": round(minutes, 1),
             "hardware": f"{recipe.train.threads} CPU thread, {platform.machine()}; "

@@ -88,16 +88,19 @@ def run_here(job: Job, units: Sequence[Unit], encoder: Encoder, on_report: OnRep
             }
 
         running = submit(_UNITS_AT_ONCE)
-        try:
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= submit(len(done))
-                for task in done:
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            faults = [task.exception() for task in done if task.exception()]
+            if faults:
+                # What the others are storing meanwhile is not lost.
+                done |= wait(running).done
+            for task in done:
+                if task.exception() is None:
                     on_report(task.result())
-        except BaseException:
-            for task in running:
-                task.cancel()
-            raise
+            for fault in faults:
+                if fault is not None:
+                    raise fault
+            running |= submit(len(done))
 
 
 def _run_unit(job: Job, unit: Unit, encoder: Encoder, store: ZarrStore) -> UnitReport:

@@ -23,9 +23,9 @@ from rasterio.windows import Window
 from soundmap.errors import InputError, SourceError, UsageError
 from soundmap.sources._rescale import Rescale
 
-# GDAL's cache is one for the whole process and would grow to 5 % of the memory. What it must hold
-# is what two reads share: at most, in a raster stored in strips, the rows of one block over its
-# whole width (2,100 rows x 10,000 px x RGB = 63 MB).
+# GDAL's cache is one for the whole process and would grow to 5 % of the memory. Kept small, so that
+# memory does not grow with the raster; the price is that a wide raster stored in strips (2,100 rows
+# x 10,000 px x RGB = 63 MB) is decoded again for every unit along a row.
 GDAL_OPTIONS: dict[str, Any] = {"GDAL_CACHEMAX": 40 * 1024 * 1024}
 
 _OPENING = threading.Lock()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,14 @@ import odc.geo.xr  # noqa: F401  (gives arrays their .odc)
 
 from soundmap import __version__
 from soundmap.concepts import choose_concepts
-from soundmap.encoder import DEFAULT_MODEL, Encoder, ModelCard, find_model, load_encoder
+from soundmap.encoder import (
+    DEFAULT_MODEL,
+    Encoder,
+    ModelCard,
+    find_model,
+    load_encoder,
+)
+from soundmap.encoder.base import check_conditions
 from soundmap.errors import InputError, RunFailed, SoundmapError, UsageError
 from soundmap.grid import crs_of
 from soundmap.lattice import Span
@@ -22,8 +29,9 @@ from soundmap.layout import Layout, cell_px_of, choose_layout, lattice_of
 from soundmap.pipeline import Job
 from soundmap.plan import Estimate, Plan, estimate, make_plan
 from soundmap.region import Region, region_from_bbox, region_from_file
+from soundmap.request import DETAILS, DTYPES, Listener, Request
 from soundmap.runner import Cluster, UnitReport, connect, run_here, run_on_cluster
-from soundmap.scoring import FORMULAS, ConceptBank, check_value
+from soundmap.scoring import FORMULAS, ConceptBank, choose_value
 from soundmap.sources import open_source
 from soundmap.sources.base import Source
 from soundmap.stores.info import describe
@@ -44,56 +52,19 @@ from soundmap.stores.zarr_store import Status, ZarrStore
 if TYPE_CHECKING:
     import xarray as xr
 
-DETAILS = ("patch", "image")
-DTYPES = ("float32", "uint8")
-
+# In so few units the windows are counted one by one.
+_COUNTED_UNITS = 64
 # Most cells along a side of a picture's panel: more would not be seen.
 _PICTURE_CELLS = 660
 
 __all__ = ["Listener", "Request", "draw", "open_map", "predict", "run"]
 
 
-class Listener:
-    """Hears how a run goes. Override what you need."""
-
-    def planned(self, plan: Plan, cost: Estimate, layout: Layout, left: int) -> None:
-        """Work is about to start; ``left`` of the plan's units are still to do."""
-
-    def reported(self, report: UnitReport) -> None:
-        """A unit is done, empty or failed."""
-
-    def exporting(self) -> None:
-        """All units are done and the map is being written."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to map, how, and where to; the fields are the options of ``soundmap predict``."""
-
-    out: Path
-    imagery: str | None = None
-    bbox: tuple[float, float, float, float] | None = None
-    region: str | None = None
-    model: str = DEFAULT_MODEL
-    concepts: str | Sequence[str] | None = None
-    text: tuple[str, ...] = ()
-    value: str = "probability"
-    detail: str = "patch"
-    crs: str = "auto"
-    resolution: float | None = None
-    gsd: float | None = None
-    bands: tuple[int, ...] | None = None
-    rescale: tuple[float, float] | None = None
-    dtype: str = "float32"
-    overwrite: bool = False
-    workers: int | None = None
-    scheduler: str | None = None
-
-
 @dataclass(frozen=True)
 class _Parts:
     """A request, checked and opened."""
 
+    value: str
     source: Source
     card: ModelCard
     encoder: Encoder
@@ -110,14 +81,19 @@ def predict(
     model: str = DEFAULT_MODEL,
     concepts: str | Sequence[str] | None = None,
     text: Sequence[str] = (),
-    value: str = "probability",
+    audio: Sequence[str] = (),
+    value: str | None = None,
     detail: str = "patch",
     crs: str = "auto",
     resolution: float | None = None,
     gsd: float | None = None,
+    scale: int = 1,
+    month: int | None = None,
+    hour: int | None = None,
     bands: tuple[int, ...] | None = None,
     rescale: tuple[float, float] | None = None,
     dtype: str = "float32",
+    precision: str = "auto",
     out: str | Path | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -134,14 +110,18 @@ def predict(
     region
         A polygon file, ``FILE[:layer]``. With neither, all of the imagery.
     model
-        A bundled name or the folder of a model.
+        A bundled or installed name, the folder of a model, or a published checkpoint.
     concepts
         Names from the model's bank, or a concept file; default: all of the bank, or none if
-        ``text`` is given.
+        ``text`` or ``audio`` is given.
     text
         Any phrases; each becomes a concept named by itself.
+    audio
+        Sound files, ``FILE`` or ``NAME=FILE``, for models with an audio tower; one named like a
+        phrase of ``text`` is added to it.
     value
         "probability" (0 to 1), "share" (sums to 1 over the concepts) or "similarity" (-1 to 1).
+        Default: probability, or similarity for a model without calibration.
     detail
         "patch": a cell per patch of the model; "image": a cell per window, as the paper maps.
     crs
@@ -150,12 +130,19 @@ def predict(
         Cell size in ground metres; default: the model's own.
     gsd
         Metres per pixel at which imagery is read; default: chosen by the model's card.
+    scale
+        How many native tiles wide a window is, for models that know several.
+    month, hour
+        1 to 12 and 0 to 23 (local time), for models that were trained with them; what is not
+        given is masked.
     bands
         Which bands are red, green and blue, counted from 1.
     rescale
         Low and high value that become 0 and 255, for imagery that is not uint8.
     dtype
         "float32", or "uint8" packed with scale and offset.
+    precision
+        What the model computes with: "auto", "float32", "bfloat16" or "int8".
     out
         ``.tif`` or ``.zarr``; None keeps the map in memory.
     overwrite
@@ -189,25 +176,36 @@ def predict(
             model=model,
             concepts=concepts,
             text=tuple(text),
+            audio=tuple(audio),
             value=value,
             detail=detail,
             crs=crs,
             resolution=resolution,
             gsd=gsd,
+            scale=scale,
+            month=month,
+            hour=hour,
             bands=bands,
             rescale=rescale,
             dtype=dtype,
+            precision=precision,
             overwrite=overwrite,
             workers=workers,
             scheduler=scheduler,
         )
-        run(request)
-        result: xr.DataArray = open_map(request.out)[value]
+        done = run(request)
+        assert done.value is not None
+        result: xr.DataArray = open_map(done.out)[done.value]
         return result if target else result.load()
 
 
-def run(request: Request, listener: Listener | None = None) -> None:
+def run(request: Request, listener: Listener | None = None) -> Request:
     """Map what a request asks for; a stopped run of the same settings goes on where it was.
+
+    Returns
+    -------
+    Request
+        The same, with the value that was chosen if none was asked for.
 
     Raises
     ------
@@ -218,6 +216,12 @@ def run(request: Request, listener: Listener | None = None) -> None:
     check_target(request.out, request.overwrite)
     with connect(request.workers, request.scheduler) as cluster:
         parts = _prepare(request)
+        if request.value is None and parts.value != "probability":
+            listener.noted(
+                f"{parts.card.name} has no calibration for these sounds, so no probability: "
+                f"mapping {parts.value} (--value chooses)"
+            )
+        request = replace(request, value=parts.value)
         cost = _cost(parts, request)
         check_room(request.out, cost.bytes_out)
         rows, cols = (-(-n // parts.plan.unit_cells) for n in parts.plan.grid.shape)
@@ -231,6 +235,7 @@ def run(request: Request, listener: Listener | None = None) -> None:
             raise
     listener.exporting()
     complete(store, request.out, request.overwrite)
+    return request
 
 
 def _compute(
@@ -247,12 +252,14 @@ def _compute(
         source=parts.source,
         model=_model_reference(request.model, parts.card),
         bank=parts.bank,
-        value=request.value,
+        value=parts.value,
         detail=request.detail,
         lattice=layout.lattice,
         gsd_m=layout.reading.gsd_m,
         told_gsd_m=layout.reading.told_m,
         store=str(store.path),
+        conditions=request.conditions,
+        precision=request.precision,
     )
     left = _left(store, plan)
     listener.planned(plan, cost, layout, len(left))
@@ -309,24 +316,31 @@ def _prepare(request: Request) -> _Parts:
         crs=request.crs,
         resolution_m=request.resolution,
         gsd_m=request.gsd,
+        scale=request.scale,
     )
-    encoder = load_encoder(request.model)
-    bank = choose_concepts(encoder, card, request.detail, request.concepts, request.text)
-    check_value(bank, request.value)
+    given, name = request.conditions, f"the model {card.name}"
+    check_conditions(card.spec, name, 0, None, given.month, given.hour, given.scale)
+    encoder = load_encoder(request.model, precision=request.precision)
+    bank = choose_concepts(
+        encoder, card, request.detail, request.concepts, request.text, request.audio
+    )
+    value = choose_value(bank, request.value)
     reading = layout.reading
+    own = {} if request.precision == "auto" else {"precision": request.precision}
     facts = {
         "model": f"{card.name} {card.hash[:16]}",
         "concepts": bank.digest(),
-        "value": request.value,
+        "value": value,
         "detail": request.detail,
         "dtype": request.dtype,
         "gsd": f"{reading.gsd_m!r} told {reading.told_m!r}",
         "windows": repr(layout.lattice and (layout.lattice.cell, layout.lattice.anchor)),
     } | {f"imagery {key}": text for key, text in source.info.facts.items()}
+    facts |= given.facts() | own
     plan = make_plan(layout.region, layout.grid, layout.unit_cells, facts)
     if not len(plan.units):
         raise InputError(f"the region ({layout.region.label}) lies off the imagery")
-    return _Parts(source, card, encoder, bank, layout, plan)
+    return _Parts(value, source, card, encoder, bank, layout, plan)
 
 
 def _model_reference(model: str, card: ModelCard) -> str:
@@ -347,30 +361,39 @@ def _cost(parts: _Parts, request: Request) -> Estimate:
     own_cell_m = cell_px_of(spec, request.detail) * layout.reading.gsd_m
     lattice = lattice_of(spec, request.detail, crs_of(layout.grid), (1.0, 1.0), (0.0, 0.0))
     side = max(1, round(layout.unit_cells * layout.cell_m / own_cell_m))
-    return estimate(
+    cost = estimate(
         parts.plan,
         concepts=len(parts.bank),
         dtype_bytes=4 if request.dtype == "float32" else 1,
         windows_per_unit=len(lattice.tiling(Span(0, side, 0, side)).corners),
     )
+    if len(parts.plan.units) > _COUNTED_UNITS or not layout.lattice:
+        return cost
+    spans = [layout.lattice.span_of(unit.cells) for unit in parts.plan.units]
+    if not all(spans):
+        return cost
+    # Few units are cut off by the map's edge, where windows stand over: counted, not guessed.
+    windows = sum(len(layout.lattice.tiling(span).corners) for span in spans if span)
+    return replace(cost, windows=windows)
 
 
 def _schema(request: Request, parts: _Parts) -> MapSchema:
     info, bank, layout = parts.source.info, parts.bank, parts.layout
     extra = {SETTINGS: json.dumps(dict(parts.plan.facts), sort_keys=True)}
+    extra |= request.conditions.facts()
     if "rescale" in info.facts:
         extra["rescale"] = info.facts["rescale"]
     if layout.reading.warning:
         extra["warning"] = layout.reading.warning
-    formula = FORMULAS[request.value]
-    if request.value == "share":
+    formula = FORMULAS[parts.value]
+    if parts.value == "share":
         formula += f"; scale {bank.share_scale:.4g}"
     return MapSchema(
         concepts=bank.names,
         groups=bank.groups,
         colours=bank.colours,
         calibrations=bank.calibration,
-        value=request.value,  # type: ignore[arg-type]
+        value=parts.value,  # type: ignore[arg-type]
         formula=formula,
         detail=request.detail,  # type: ignore[arg-type]
         dtype=request.dtype,  # type: ignore[arg-type]
@@ -411,7 +434,7 @@ def draw(request: Request, picture: Path, panels: tuple[str, ...] | None = None)
     info = describe(request.out)
     rows, cols = info.shape
     step = max(1, -(-max(rows, cols) // _PICTURE_CELLS))
-    data = open_map(request.out)[request.value]
+    data = open_map(request.out)[info.value]
     values = data[:, step // 2 :: step, step // 2 :: step].to_numpy()
     assert request.imagery is not None
     source = open_source(request.imagery, request.bands, request.rescale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,31 +10,49 @@ from numpy.typing import NDArray
 
 from soundmap.encoder import Encoder, ModelCard
 from soundmap.encoder.bank_files import (
+    PROMPTS_FILE,
     Calibration,
     Concept,
+    has_bank,
     read_bank,
     read_concepts,
     read_generic,
 )
 from soundmap.errors import UsageError
-from soundmap.scoring import GENERIC, NONE, ConceptBank, join_banks
+from soundmap.scoring import GENERIC, NONE, ConceptBank, find_name, join_banks
 
 FREE_COLOURS = ("#e6550d", "#3182bd", "#31a354", "#756bb1", "#d6616b", "#8c6d31", "#17becf")
 
 
 def concept_vectors(encoder: Encoder, concepts: Sequence[Concept]) -> NDArray[np.float32]:
-    """Embed concepts: the mean over a concept's prompts, made a unit vector again.
+    """Embed concepts: the mean over a concept's prompts, and that over its clips, unit vectors.
+
+    A concept that has both is their sum, made a unit vector again: so the published model's
+    evaluation adds a text to a sound (arXiv 2505.13777).
 
     Returns
     -------
     ndarray
         float32[C, D].
     """
-    prompts = [p for c in concepts for p in c.prompts]
-    every = encoder.encode_text(prompts)
-    ends = np.cumsum([len(c.prompts) for c in concepts])[:-1]
-    means = np.stack([part.mean(axis=0) for part in np.split(every, ends)])
-    unit: NDArray[np.float32] = means / np.linalg.norm(means, axis=1, keepdims=True)
+    total = np.zeros((len(concepts), encoder.dim), np.float32)
+    kinds: tuple[tuple[list[tuple[str, ...]], Callable[[list[str]], NDArray[np.float32]]], ...] = (
+        ([c.prompts for c in concepts], encoder.encode_text),
+        ([c.clips for c in concepts], lambda clips: encoder.encode_audio(clips)),
+    )
+    for parts, encode in kinds:
+        every = [one for part in parts for one in part]
+        if not every:
+            continue
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        for row, vectors in zip(total, np.split(encode(every), ends), strict=True):
+            if len(vectors):
+                row += _unit(vectors.mean(axis=0))
+    return _unit(total)
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
     return unit.astype(np.float32)
 
 
@@ -63,6 +81,7 @@ def choose_concepts(
     detail: str,
     concepts: str | Sequence[str] | None,
     text: Sequence[str],
+    audio: Sequence[str] = (),
 ) -> ConceptBank:
     """Make the bank of a map.
 
@@ -74,37 +93,82 @@ def choose_concepts(
         "patch" or "image": which calibration.
     concepts
         Names of the model's bank (a sequence, or one string with commas), the path of a concept
-        file, or None: the whole default bank, unless ``text`` is given.
+        file, or None: the whole default bank, unless ``text`` or ``audio`` is given.
     text
         Free phrases; each is named by itself and takes the bank's generic calibration.
+    audio
+        Sound files, each ``FILE`` or ``NAME=FILE``; a file without a name has its own. One that has
+        the name of a phrase is added to it.
 
     Raises
     ------
     UsageError
         A name is unknown, a phrase is empty or given twice.
     InputError
-        The concept file cannot be used.
+        The concept file or a sound file cannot be used.
     """
     parts: list[ConceptBank] = []
     if concepts is not None:
         parts.append(_named(encoder, card, detail, concepts))
-    elif not text:
-        parts.append(read_bank(card, detail))
-    if text:
-        cleaned = [" ".join(phrase.split()) for phrase in text]
-        if not all(cleaned):
-            raise UsageError("--text is empty: give a phrase, for example --text 'church bells'")
-        if len({c.casefold() for c in cleaned}) < len(cleaned):
-            raise UsageError("--text gives the same phrase twice")
-        free = [
-            Concept(phrase, "text", FREE_COLOURS[i % len(FREE_COLOURS)], (phrase,))
-            for i, phrase in enumerate(cleaned)
-        ]
+    elif not text and not audio:
+        parts.append(_default(encoder, card, detail, None))
+    if text or audio:
+        free = _free_concepts(text, audio)
         parts.append(bank_of(encoder, free, read_generic(card, detail)))
     bank = parts[0]
     for other in parts[1:]:
         bank = join_banks(bank, other)
     return bank
+
+
+def _free_concepts(text: Sequence[str], audio: Sequence[str]) -> list[Concept]:
+    phrases = [" ".join(phrase.split()) for phrase in text]
+    if not all(phrases):
+        raise UsageError("--text is empty: give a phrase, for example --text 'church bells'")
+    if len({c.casefold() for c in phrases}) < len(phrases):
+        raise UsageError("--text gives the same phrase twice")
+    names = {phrase.casefold(): phrase for phrase in phrases}
+    prompts: dict[str, tuple[str, ...]] = {phrase: (phrase,) for phrase in phrases}
+    clips: dict[str, tuple[str, ...]] = {}
+    for given in audio:
+        name, path = _named_clip(given)
+        name = names.setdefault(name.casefold(), name)
+        clips[name] = (*clips.get(name, ()), path)
+    return [
+        Concept(
+            name,
+            "text" if name in prompts else "audio",
+            FREE_COLOURS[i % len(FREE_COLOURS)],
+            prompts.get(name, ()),
+            clips.get(name, ()),
+        )
+        for i, name in enumerate(names.values())
+    ]
+
+
+def _named_clip(given: str) -> tuple[str, str]:
+    """Take NAME=FILE apart; a file that is there may have the sign in its own name."""
+    name, sign, path = given.partition("=")
+    if not sign or Path(given).exists():
+        name, path = Path(given).stem, given
+    name = " ".join(name.split())
+    if not name or not path.strip():
+        raise UsageError(f"--audio {given!r}: give a sound file, or NAME=FILE")
+    return name, path
+
+
+def _default(
+    encoder: Encoder, card: ModelCard, detail: str, names: Sequence[str] | None
+) -> ConceptBank:
+    """Take the model's bank or some of it; made now, without calibration, if there is none."""
+    if has_bank(card):
+        bank = read_bank(card, detail)
+        return bank if names is None else bank.select(names)
+    known = read_concepts(card.folder / PROMPTS_FILE)
+    if names is not None:
+        rows = [find_name([c.name for c in known], name) for name in names]
+        known = tuple(known[i] for i in rows)
+    return bank_of(encoder, known, None)
 
 
 def _named(
@@ -125,4 +189,4 @@ def _named(
     twice = {n for n in names if [m.casefold() for m in names].count(n.casefold()) > 1}
     if twice:
         raise UsageError(f"--concepts names {sorted(twice)[0]!r} twice")
-    return read_bank(card, detail).select(names)
+    return _default(encoder, card, detail, names)

@@ -14,7 +14,7 @@ from pyproj.exceptions import CRSError
 from soundmap.encoder import InputSpec, Reading
 from soundmap.errors import InputError, UsageError
 from soundmap.grid import is_locally_metric, metres_per_unit, region_bounds, snap_grid
-from soundmap.lattice import Lattice
+from soundmap.lattice import Lattice, stride_of
 from soundmap.region import Region, region_from_geobox
 from soundmap.sources.base import SourceInfo
 
@@ -24,6 +24,9 @@ _COARSEST_GSD_M = 1000.0
 _UNIT_PX = 2048
 _MOST_UNIT_CELLS = 512
 _LEAST_UNIT_CELLS = 16
+# Windows of models whose patches need all of their window overlap: with units of so many windows a
+# side, those that straddle a border and are encoded twice are few.
+_WINDOWS_PER_UNIT = 18
 # Windows of models whose patches need little context: so many cells, and their margin, a side.
 _TILE_CELLS = 64
 
@@ -98,11 +101,14 @@ def choose_layout(
     crs: str = "auto",
     resolution_m: float | None = None,
     gsd_m: float | None = None,
+    scale: int = 1,
 ) -> Layout:
     """Choose the cells of a map.
 
-    With ``crs="auto"`` and no resolution, cells are whole multiples of the imagery's own pixels,
-    counted from its corner: nothing is resampled, and maps of parts share the cells of the whole.
+    With ``crs="auto"`` and no resolution, cells are counted from the imagery's corner, so that maps
+    of parts share the cells of the whole. They are whole multiples of its pixels and nothing is
+    resampled, but for models that were trained on resized crops: these read pixels of just the
+    size that the resizing made.
 
     Parameters
     ----------
@@ -120,6 +126,8 @@ def choose_layout(
         Cell size in ground metres; None: the model's own.
     gsd_m
         Metres per pixel to read imagery at; None: chosen by the model's card.
+    scale
+        How many native tiles wide a window is.
 
     Raises
     ------
@@ -139,7 +147,7 @@ def choose_layout(
     if resolution_m is not None and not (math.isfinite(resolution_m) and resolution_m > 0):
         raise UsageError(f"--resolution {resolution_m} is not a positive number of metres")
     cell_px = cell_px_of(spec, detail)
-    reading = spec.reading(info.native_gsd_m, gsd_m)
+    reading = spec.reading(info.native_gsd_m, gsd_m, scale)
     own_cell_m = cell_px * reading.gsd_m
     cell_m = resolution_m or own_cell_m
 
@@ -148,7 +156,9 @@ def choose_layout(
     anchor = _corner(native) if own else (0.0, 0.0)
     bounds = _imagery_bounds(native, out_crs, info.name)
     if own and resolution_m is None:
-        factor = max(1, round(own_cell_m / info.native_gsd_m))
+        factor = own_cell_m / info.native_gsd_m
+        if not spec.resized:
+            factor = max(1, round(factor))
         cell = tuple(size * factor for size in _pixel_size(native))
     else:
         centre = (bounds.left + bounds.right) / 2, (bounds.bottom + bounds.top) / 2
@@ -173,15 +183,35 @@ def choose_layout(
         else:
             own_cell = (own_cell_m / cell_m * cell[0], own_cell_m / cell_m * cell[1])
         lattice = lattice_of(spec, detail, out_crs, own_cell, anchor)
-    side = int(_UNIT_PX * reading.gsd_m / cell_m)
+    side = int(_unit_px(spec, detail) * reading.gsd_m / cell_m)
     return Layout(
         grid=grid,
-        region=region or region_from_geobox(native, info.name),
+        region=_mapped(region, grid, native, info.name),
         lattice=lattice,
         reading=reading,
         unit_cells=min(_MOST_UNIT_CELLS, max(_LEAST_UNIT_CELLS, side)),
         cell_m=cell_m,
     )
+
+
+def _mapped(region: Region | None, grid: GeoBox, native: GeoBox, name: str) -> Region:
+    """Region whose units are computed.
+
+    A box asks for all cells of its grid, the corners too that bulge over its curved outline: were
+    these left out by whole units, the map would depend on the size of the units.
+    """
+    if region is None:
+        return region_from_geobox(native, name)
+    return region if region.clip else region_from_geobox(grid, region.label)
+
+
+def _unit_px(spec: InputSpec, detail: str) -> int:
+    """Imagery pixels along a unit."""
+    if detail == "image" or spec.context_px is not None:
+        return _UNIT_PX
+    stride = stride_of(spec.patches)
+    cells = stride * -(-_WINDOWS_PER_UNIT * spec.patches // stride)
+    return max(_UNIT_PX, cells * spec.patch_px)
 
 
 def _corner(native: GeoBox) -> tuple[float, float]:

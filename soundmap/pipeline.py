@@ -5,7 +5,7 @@ Reading is a step of its own, so that a runner can read the next unit while one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import rasterio.warp
@@ -14,8 +14,15 @@ from numpy.typing import NDArray
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 
-from soundmap.encoder import Encoder
-from soundmap.grid import cell_lonlat, crs_of, project_lonlat, region_mask, utm_zone_key
+from soundmap.encoder import Conditions, Encoder
+from soundmap.grid import (
+    cell_lonlat,
+    crs_of,
+    pixel_lonlat,
+    project_lonlat,
+    region_mask,
+    utm_zone_key,
+)
 from soundmap.lattice import Lattice, Span
 from soundmap.layout import cell_px_of, lattice_of
 from soundmap.plan import Plan, Unit
@@ -57,6 +64,10 @@ class Job:
     """Metres per pixel that the model is told."""
     store: str
     """Path of the store that is written."""
+    conditions: Conditions = field(default_factory=Conditions)
+    """Month, hour and scale."""
+    precision: str = "auto"
+    """What the encoder computes with."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +110,18 @@ def read_unit(job: Job, unit: Unit, encoder: Encoder) -> UnitInput:
         wanted = region_mask(region.geometry, unit.cells)
     direct = job.lattice.span_of(unit.cells) if job.lattice else None
     if job.lattice and direct:
-        return UnitInput((_read_block(job, job.lattice, direct, None),), wanted, False)
+        return UnitInput((_read_block(job, encoder, job.lattice, direct, None),), wanted, False)
     wanted &= _valid_cells(job.source, unit.cells)
     blocks = []
     if wanted.any():
         lon, lat = cell_lonlat(unit.cells)
         if job.lattice:
-            blocks.append(_read_around(job, job.lattice, unit.cells, None))
+            blocks.append(_read_around(job, encoder, job.lattice, unit.cells, None))
         else:
             zones = utm_zone_key(lon, lat)
             for zone in np.unique(zones[wanted]):
                 lattice = _zone_lattice(job, encoder, int(zone))
-                blocks.append(_read_around(job, lattice, unit.cells, zones == zone))
+                blocks.append(_read_around(job, encoder, lattice, unit.cells, zones == zone))
     return UnitInput(tuple(blocks), wanted, True)
 
 
@@ -206,11 +217,24 @@ def encode_block(
         image = extend_edges(image, spare_px, encoder.spec.fill_rgb)
     total = np.zeros((rows, cols, encoder.dim), np.float32)
     weights = tiling.weights[core][..., None]
+    places = None
+    if "lonlat" in encoder.spec.metadata:
+        middle = corners + np.array([height, width]) / 2
+        places = np.stack(pixel_lonlat(lattice.cells(covered), middle[:, 1], middle[:, 0]), 1)
+    given = job.conditions
     batch_size = max(1, _BATCH_PX // (height * width * px * px))
     for start in range(0, len(corners), batch_size):
         batch = corners[start : start + batch_size]
         pixels = cut_windows(image, batch * px, (height * px, width * px))
-        encoding = encoder.encode_images(pixels, gsd_m=job.told_gsd_m, details=(job.detail,))
+        encoding = encoder.encode_images(
+            pixels,
+            None if places is None else places[start : start + batch_size],
+            given.month,
+            given.hour,
+            given.scale,
+            gsd_m=job.told_gsd_m,
+            details=(job.detail,),
+        )
         parts = encoding.patches
         if parts is None:
             assert encoding.image is not None
@@ -313,13 +337,21 @@ def extend_edges(image: Image, reach_px: int, beyond: tuple[int, int, int]) -> I
     return Image(filled, np.ones_like(image.valid), image.grid)
 
 
-def _read_block(job: Job, lattice: Lattice, span: Span, chosen: NDArray[np.bool_] | None) -> Block:
-    covered = lattice.tiling(span).covered
-    return Block(lattice, span, job.source.read(lattice.pixels(covered)), chosen)
+def _read_block(
+    job: Job, encoder: Encoder, lattice: Lattice, span: Span, chosen: NDArray[np.bool_] | None
+) -> Block:
+    pixels = lattice.pixels(lattice.tiling(span).covered)
+    # As the crops were resized that such a model was trained on.
+    image = job.source.read(pixels, "cubic") if encoder.spec.resized else job.source.read(pixels)
+    return Block(lattice, span, image, chosen)
 
 
 def _read_around(
-    job: Job, lattice: Lattice, cells: GeoBox, chosen: NDArray[np.bool_] | None
+    job: Job,
+    encoder: Encoder,
+    lattice: Lattice,
+    cells: GeoBox,
+    chosen: NDArray[np.bool_] | None,
 ) -> Block:
     """Read what lies under cells of another grid, with a cell to spare for interpolation."""
     corners = cells.pad(1)
@@ -335,7 +367,7 @@ def _read_around(
     left, bottom = xy.min(axis=0)
     right, top = xy.max(axis=0)
     span = lattice.span_covering(left, bottom, right, top).grown(1)
-    return _read_block(job, lattice, span, chosen)
+    return _read_block(job, encoder, lattice, span, chosen)
 
 
 def _zone_lattice(job: Job, encoder: Encoder, zone: int) -> Lattice:

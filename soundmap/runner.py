@@ -131,14 +131,14 @@ def _report(unit: Unit, status: Status, started: float, error: str = "") -> Unit
 
 
 @lru_cache(maxsize=2)
-def _encoder(model: str, threads: int) -> Encoder:
+def _encoder(model: str, threads: int, precision: str) -> Encoder:
     # Kept for the life of the worker process, so that weights are read once.
-    return load_encoder(model, threads=threads)
+    return load_encoder(model, threads=threads, precision=precision)
 
 
 def _run_on_worker(job: Job, position: int, threads: int) -> UnitReport:
     _single_blas()
-    encoder = _encoder(job.model, threads)
+    encoder = _encoder(job.model, threads, job.precision)
     return _run_unit(job, job.plan.units[position], encoder, open_store(job.store, "r+"))
 
 

@@ -91,18 +91,7 @@ class ConceptBank:
         UsageError
             The name is not in the bank; the message names near ones.
         """
-        import difflib
-
-        folded = [n.casefold() for n in self.names]
-        if name.casefold() in folded:
-            return folded.index(name.casefold())
-        near = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
-        near += [n for n in folded if name.casefold() in n and n not in near][:3]
-        hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-        raise UsageError(
-            f"no concept named {name!r}: {hint}`soundmap concepts list` shows all; "
-            f"any other phrase can be mapped with --text"
-        )
+        return find_name(self.names, name)
 
     def digest(self) -> str:
         """Digest of all that decides the values."""
@@ -112,6 +101,28 @@ class ConceptBank:
         state.update("\x1f".join((*self.names, *self.calibration, self.encoder_id)).encode())
         state.update(repr(self.share_scale).encode())
         return state.hexdigest()
+
+
+def find_name(names: Sequence[str], name: str) -> int:
+    """Find a concept among names, in any case.
+
+    Raises
+    ------
+    UsageError
+        It is not there; the message names near ones.
+    """
+    import difflib
+
+    folded = [n.casefold() for n in names]
+    if name.casefold() in folded:
+        return folded.index(name.casefold())
+    near = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
+    near += [n for n in folded if name.casefold() in n and n not in near][:3]
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    raise UsageError(
+        f"no concept named {name!r}: {hint}`soundmap concepts list` shows all; "
+        f"any other phrase can be mapped with --text"
+    )
 
 
 def join_banks(a: ConceptBank, b: ConceptBank) -> ConceptBank:
@@ -137,6 +148,20 @@ def join_banks(a: ConceptBank, b: ConceptBank) -> ConceptBank:
         bias=np.concatenate([a.bias, b.bias]),
         calibration=a.calibration + b.calibration,
     )
+
+
+def choose_value(bank: ConceptBank, value: str | None) -> str:
+    """Choose what a map says if the user does not: probability where it can be had.
+
+    Raises
+    ------
+    UsageError
+        See `check_value`.
+    """
+    if value is None:
+        return "similarity" if NONE in bank.calibration else "probability"
+    check_value(bank, value)
+    return value
 
 
 def check_value(bank: ConceptBank, value: str) -> None:

@@ -34,7 +34,7 @@ def command(file: str, as_json: bool) -> None:
     }
     if info.bounds_lonlat:
         facts["bounds"] = " ".join(f"{v:.5f}" for v in info.bounds_lonlat) + " (W S E N)"
-    for key in ("rescale", "warning"):
+    for key in ("scale", "month", "hour", "rescale", "warning"):
         if key in info.extra:
             facts[key] = info.extra[key]
     console = wide_console(120)

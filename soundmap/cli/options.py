@@ -18,7 +18,7 @@ model_option = click.option(
     default="soundmap-small",
     show_default=True,
     metavar="NAME|DIR",
-    help="A bundled model (`soundmap models list`) or the folder of one.",
+    help="A model of `soundmap models list`, the folder of one, or a checkpoint.",
 )
 
 data_option = click.option(

@@ -44,11 +44,16 @@ Examples:
 )
 @click.option("--text", multiple=True, metavar="PHRASE", help="Any phrase; may be repeated.")
 @click.option(
+    "--audio",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="A recording to look for, if the model hears; one named like a --text is added to it.",
+)
+@click.option(
     "--value",
     type=click.Choice(["probability", "share", "similarity"]),
-    default="probability",
-    show_default=True,
-    help="Chance to hear it; share among the mapped sounds (sums to 1); or raw cosine.",
+    help="Chance to hear it; share among the mapped sounds (sums to 1); or raw cosine. Default: "
+    "probability, or similarity where a model has no calibration.",
 )
 @click.option(
     "--detail",
@@ -64,6 +69,16 @@ Examples:
     "--resolution", type=float, metavar="M", help="Cell size in metres. Default: the model's."
 )
 @click.option("--gsd", type=float, metavar="M", help="Read imagery at so many metres per pixel.")
+@click.option(
+    "--scale",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Windows of N native tiles, for models that know several: 1, 3 or 5 for Sat2Sound.",
+)
+@click.option("--month", type=int, metavar="M", help="1 to 12, for models trained with it.")
+@click.option("--hour", type=int, metavar="H", help="0 to 23, local, for models trained with it.")
 @click.option(
     "--bands",
     type=Numbers(int, "R,G,B", 3),
@@ -84,6 +99,13 @@ Examples:
     show_default=True,
     help="uint8 is packed with scale and offset: a quarter of the size.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
+    default="auto",
+    show_default=True,
+    help="What the model computes with; lower is faster and a little less exact.",
+)
 @click.option("--out", required=True, metavar="FILE", help="city.tif (GeoTIFF) or city.zarr.")
 @click.option("--picture", metavar="PNG", help="Also draw a picture of the map.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
@@ -97,14 +119,19 @@ def command(
     model: str,
     concepts: str | None,
     text: tuple[str, ...],
-    value: str,
+    audio: tuple[str, ...],
+    value: str | None,
     detail: str,
     crs: str,
     resolution: float | None,
     gsd: float | None,
+    scale: int,
+    month: int | None,
+    hour: int | None,
     bands: tuple[int, ...] | None,
     rescale: tuple[float, float] | None,
     dtype: str,
+    precision: str,
     out: str,
     picture: str | None,
     overwrite: bool,
@@ -127,20 +154,25 @@ def command(
         model=model,
         concepts=concepts,
         text=text,
+        audio=audio,
         value=value,
         detail=detail,
         crs=crs,
         resolution=resolution,
         gsd=gsd,
+        scale=scale,
+        month=month,
+        hour=hour,
         bands=bands,
         rescale=rescale,
         dtype=dtype,
+        precision=precision,
         overwrite=overwrite,
         workers=workers,
         scheduler=scheduler,
     )
     with ConsoleListener(quiet) as listener:
-        run(request, listener)
+        request = run(request, listener)
     if not quiet:
         click.echo(f"Wrote {out}")
     if picture:

@@ -94,6 +94,10 @@ class ConsoleListener(Listener):
                 soft_wrap=True,
             )
 
+    def noted(self, text: str) -> None:
+        """Print a note."""
+        self.console.print(f"[yellow]Note:[/yellow] {text}", highlight=False, soft_wrap=True)
+
     def exporting(self) -> None:
         """Say that the file is being written."""
         if self._task is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from soundmap.encoder.base import Encoder, Encoding
+from soundmap.encoder.base import Conditions, Encoder, Encoding
 from soundmap.encoder.card import InputSpec, ModelCard, Reading, bundled_models, find_model
 
 DEFAULT_MODEL = "soundmap-small"
 
 __all__ = [
     "DEFAULT_MODEL",
+    "Conditions",
     "Encoder",
     "Encoding",
     "InputSpec",
@@ -31,13 +32,13 @@ def load_encoder(
     Parameters
     ----------
     model
-        A bundled name, or the folder of a model.
+        A bundled or installed name, the folder of a model, or a published checkpoint.
     device
         "auto", "cpu" or "cuda".
     threads
         Threads to share windows out to; one per core if not given.
     precision
-        "auto", "float32" or "bfloat16".
+        "auto", "float32", "bfloat16" or "int8".
 
     Raises
     ------

@@ -22,12 +22,14 @@ DEFAULT_COLOUR = "#8c8c8c"
 
 @dataclass(frozen=True)
 class Concept:
-    """A named sound with the phrases that stand for it."""
+    """A named sound with the phrases and recordings that stand for it."""
 
     name: str
     group: str
     colour: str
     prompts: tuple[str, ...]
+    clips: tuple[str, ...] = ()
+    """Paths of sound files."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Calibration:
 def read_concepts(path: Path) -> tuple[Concept, ...]:
     """Read a concept file.
 
-    JSON: ``{"concepts": [{"name", "prompts", "group", "colour"}, ...]}`` or the bare list, where
-    ``prompts`` defaults to the name. Any other file is text, one concept a line:
+    JSON: ``{"concepts": [{"name", "prompts", "clips", "group", "colour"}, ...]}`` or the bare list,
+    where ``prompts`` defaults to the name unless there are ``clips``, sound files beside the
+    concept file. Any other file is text, one concept a line:
     ``name`` or ``name: prompt; prompt``; ``#`` starts a comment.
 
     Raises
@@ -78,7 +81,7 @@ def _from_json(path: Path, text: str) -> list[Concept]:
     try:
         data: Any = json.loads(text)
         entries = data["concepts"] if isinstance(data, dict) else data
-        return [_from_entry(entry) for entry in entries]
+        return [_from_entry(entry, path.parent) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f'{path} is not a concept file: it needs {{"concepts": [{{"name": ..., '
@@ -86,16 +89,18 @@ def _from_json(path: Path, text: str) -> list[Concept]:
         ) from error
 
 
-def _from_entry(entry: dict[str, Any]) -> Concept:
-    name, prompts = str(entry["name"]).strip(), entry.get("prompts", [entry["name"]])
+def _from_entry(entry: dict[str, Any], folder: Path) -> Concept:
+    name, clips = str(entry["name"]).strip(), entry.get("clips", [])
+    prompts = entry.get("prompts", [] if clips else [entry["name"]])
     # A text is a sequence, too: its letters would become the prompts.
-    if not isinstance(prompts, list):
-        raise TypeError(f"the prompts of {name!r} are not a list")
+    if not isinstance(prompts, list) or not isinstance(clips, list):
+        raise TypeError(f"the prompts or clips of {name!r} are not a list")
     prompts = tuple(str(p).strip() for p in prompts)
-    if not name or not prompts or not all(prompts):
+    if not name or not (prompts or clips) or not all((*prompts, *clips)):
         raise ValueError(f"{name!r} has an empty name, or no prompts, or an empty one")
     colour = str(entry.get("colour", DEFAULT_COLOUR))
-    return Concept(name, str(entry.get("group", "text")), colour, prompts)
+    files = tuple(str(folder / str(clip)) for clip in clips)
+    return Concept(name, str(entry.get("group", "text")), colour, prompts, files)
 
 
 def read_bank(card: ModelCard, detail: str) -> ConceptBank:
@@ -134,10 +139,15 @@ def read_bank(card: ModelCard, detail: str) -> ConceptBank:
     )
 
 
+def has_bank(card: ModelCard) -> bool:
+    """Tell whether a model has a bank of its own, with vectors and calibration."""
+    return (card.folder / BANK_FILE).is_file()
+
+
 def read_generic(card: ModelCard, detail: str) -> Calibration | None:
     """Read the calibration for phrases without their own; None if the model has none."""
     path = card.folder / BANK_FILE
-    if not path.is_file():
+    if not has_bank(card):
         return None
     scale, bias = _read_arrays(path)[1][f"{detail}.generic"]
     return Calibration(float(scale), float(bias))
@@ -163,6 +173,7 @@ __all__ = [
     "PROMPTS_FILE",
     "Calibration",
     "Concept",
+    "has_bank",
     "read_bank",
     "read_concepts",
     "read_generic",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_data_path
+
 from soundmap.errors import ModelError, UsageError
 
 CARD_FILE = "model.json"
+MODELS_VARIABLE = "SOUNDMAP_MODELS"
 _TOLERANCE = 1.02
 
 
@@ -54,7 +59,9 @@ class InputSpec:
         """Patches along one side of a window."""
         return self.window_px // self.patch_px
 
-    def reading(self, native_gsd_m: float, requested_m: float | None = None) -> Reading:
+    def reading(
+        self, native_gsd_m: float, requested_m: float | None = None, scale: int = 1
+    ) -> Reading:
         """Choose the ground sampling distance to read imagery at.
 
         Imagery within a trained range is read as it is. Finer imagery is averaged to the finest
@@ -62,18 +69,29 @@ class InputSpec:
         interpolated. Coarser imagery is read as it is, the model is told the nearest it knows, and
         the user is warned.
 
+        A model that was trained on crops resized to its window (``native_px`` is not
+        ``window_px``) reads pixels that are larger than those it is told, by the same factor:
+        so its window covers as much ground as the crop did.
+
         Parameters
         ----------
         native_gsd_m
             True metres per pixel of the imagery.
         requested_m
             What the user asks for instead.
+        scale
+            How many native tiles wide a window is.
 
         Raises
         ------
         UsageError
-            The request is not positive, or finer than the imagery by more than a factor of two.
+            The request is not positive, or finer than the imagery by more than a factor of two;
+            or the scale is not one that the model was trained at.
         """
+        if scale not in self.scales:
+            known = ", ".join(str(s) for s in self.scales)
+            raise UsageError(f"--scale {scale}: this model was trained at scale {known}")
+        resize = self.native_px * scale / self.window_px
         if requested_m is not None:
             if not (requested_m > 0 and math.isfinite(requested_m)):
                 raise UsageError(f"--gsd {requested_m} is not a positive number of metres")
@@ -82,8 +100,15 @@ class InputSpec:
                     f"--gsd {requested_m:g} asks for finer pixels than the imagery has "
                     f"({native_gsd_m:.3g} m): leave it out, or give {native_gsd_m:.3g} or more"
                 )
-            return self._told(requested_m, native_gsd_m)
+            return self._told(requested_m, native_gsd_m, scale)
         for low, high in self.gsd_m:
+            if self.resized or scale != 1:
+                # A pixel of the imagery that is one of the native tile's stands for it exactly.
+                near = high / _TOLERANCE <= native_gsd_m <= high * _TOLERANCE
+                gsd_m = (native_gsd_m if near else high) * resize
+                if native_gsd_m <= gsd_m:
+                    return self._told(gsd_m, native_gsd_m, scale)
+                continue
             if native_gsd_m > high * _TOLERANCE:
                 continue
             if native_gsd_m * _TOLERANCE >= low:
@@ -94,23 +119,35 @@ class InputSpec:
                 if gsd_m * _TOLERANCE >= low:
                     return self._told(gsd_m, native_gsd_m)
             return self._told(high, native_gsd_m)
-        return self._told(native_gsd_m, native_gsd_m)
+        return self._told(native_gsd_m, native_gsd_m, scale)
 
-    def _told(self, gsd_m: float, native_gsd_m: float) -> Reading:
-        near = [min(max(gsd_m, low), high) for low, high in self.gsd_m]
-        told = min(near, key=lambda v: abs(v - gsd_m) / v)
+    @property
+    def resized(self) -> bool:
+        """Whether windows are crops of another size, resized."""
+        return self.native_px != self.window_px
+
+    def _told(self, gsd_m: float, native_gsd_m: float, scale: int = 1) -> Reading:
+        # The model knows the size of a native tile's pixel, times the scale.
+        resize = self.native_px / self.window_px
+        tile_m = gsd_m / resize / scale
+        near = [min(max(tile_m, low), high) for low, high in self.gsd_m]
+        told = min(near, key=lambda v: abs(v - tile_m) / v)
         warning = ""
-        if max(gsd_m / told, told / gsd_m) > _TOLERANCE:
-            kind = "coarser" if gsd_m > told else "finer"
+        if max(tile_m / told, told / tile_m) > _TOLERANCE:
+            kind = "coarser" if tile_m > told else "finer"
+            of_crop = f", resized to {told * scale * resize:.3g} m" if self.resized else ""
             warning = (
                 f"windows of {gsd_m:.3g} m pixels (imagery: {native_gsd_m:.3g} m) are {kind} than "
-                f"what the model was trained on ({self.describe_gsd()}): expect a rougher map"
+                f"what the model was trained on ({self.describe_gsd()}{of_crop}): "
+                "expect a rougher map"
             )
-        return Reading(gsd_m, told, warning)
+        return Reading(gsd_m, told * scale, warning)
 
     def describe_gsd(self) -> str:
         """Say the trained ranges in words, e.g. "1-1.2 m and 7-10 m"."""
-        return " and ".join(f"{low:g}-{high:g} m" for low, high in self.gsd_m)
+        return " and ".join(
+            f"{low:g} m" if low == high else f"{low:g}-{high:g} m" for low, high in self.gsd_m
+        )
 
 
 @dataclass(frozen=True)
@@ -132,6 +169,9 @@ class ModelCard:
     def hash(self) -> str:
         """Digest of everything that decides the embeddings."""
         parts = [dict(self.files), self.data["architecture"], self.data["input"]]
+        # Only cards of models that leave texts to another model have this.
+        if "text" in self.data:
+            parts.append(self.data["text"])
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -208,29 +248,66 @@ def models_root() -> Path:
     return installed if installed.is_dir() else package.parent / "models"
 
 
+def installed_root() -> Path:
+    """Find the folder of models that the user has fetched; it need not exist.
+
+    ``SOUNDMAP_MODELS`` if that is set, else a folder of the system's own for a user's data.
+    """
+    chosen = os.environ.get(MODELS_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return user_data_path("soundmap", appauthor=False) / "models"
+
+
 def bundled_models() -> list[ModelCard]:
     """Read the cards of all bundled models, by name."""
-    root = models_root()
-    if not root.is_dir():
-        return []
-    folders = sorted(path.parent for path in root.glob(f"*/{CARD_FILE}"))
-    return [read_card(folder) for folder in folders]
+    return [read_card(folder) for folder in model_folders(models_root())]
+
+
+def model_folders(root: Path) -> list[Path]:
+    """Find the model folders in a folder, by name."""
+    return sorted(path.parent for path in root.glob(f"*/{CARD_FILE}"))
 
 
 def find_model(name: str) -> ModelCard:
-    """Find a model by bundled name or folder.
+    """Find a model by name, folder or checkpoint.
+
+    Parameters
+    ----------
+    name
+        The name of a bundled or installed model, the folder of one, or a published checkpoint
+        (.ckpt), which is converted when it is first asked for and kept with the installed models.
 
     Raises
     ------
     UsageError
-        There is no such model.
+        There is no such model, or it is a published one that is not here.
+    ModelError
+        Its card is damaged, or the checkpoint cannot be used.
     """
+    from soundmap.encoder.published import PUBLISHED
+
     path = Path(name)
-    if (models_root() / name / CARD_FILE).is_file() and path.name == name:
-        return read_card(models_root() / name)
+    if path.name == name and name != "..":
+        for root in (models_root(), installed_root()):
+            if (root / name / CARD_FILE).is_file():
+                return read_card(root / name)
     if path.is_dir():
         return read_card(path)
-    known = ", ".join(card.name for card in bundled_models()) or "none"
+    if path.is_file():
+        from soundmap.encoder.convert import converted
+
+        return converted(path)
+    if name in PUBLISHED:
+        raise UsageError(
+            f"{name} is a published model that is not on this machine: "
+            f"`soundmap models pull {name}` fetches it"
+        )
+    roots = (models_root(), installed_root())
+    known = [folder.name for root in roots for folder in model_folders(root)]
+    close = difflib.get_close_matches(name, [*known, *PUBLISHED], 1)
+    guess = f"did you mean {close[0]!r}? Or " if close else ""
     raise UsageError(
-        f"no model named {name!r}: give a bundled name ({known}) or the folder of a model"
+        f"no model named {name!r}: {guess}give a name ({', '.join(known) or 'none is here'}; "
+        "`soundmap models list` tells which can be fetched), the folder of a model, or a .ckpt file"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,20 @@ from soundmap.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+class TextTokens(Protocol):
+    """Turns texts into token vectors for the text tower."""
+
+    def tokens(self, texts: list[str]) -> list[NDArray[np.float32]]:
+        """Turn texts into vectors: for each float32[T, text_dim], T differing from text to text.
+
+        Raises
+        ------
+        UsageError
+            A text has no word.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,13 +64,13 @@ class StaticText:
             )
         return cls(tokenizer, table)
 
-    def vectors(self, texts: list[str]) -> NDArray[np.float32]:
+    def tokens(self, texts: list[str]) -> list[NDArray[np.float32]]:
         """Turn texts into token vectors for the text tower.
 
         Returns
         -------
-        ndarray
-            float32[N, 1, text_dim]: the mean vector of each text, as its single token.
+        list of ndarray
+            float32[1, text_dim] for each text: its mean vector, as its single token.
 
         Raises
         ------
@@ -69,5 +83,5 @@ class StaticText:
             known = [i for i in ids if self.table[i].any()]
             if not known:
                 raise UsageError(f"the text {text!r} has no word that the model knows: rephrase it")
-            rows.append(self.table[known].astype(np.float32).mean(axis=0))
-        return np.stack(rows)[:, None]
+            rows.append(self.table[known].astype(np.float32).mean(axis=0, keepdims=True))
+        return rows

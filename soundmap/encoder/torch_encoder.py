@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from soundmap.encoder.base import Encoding
+from soundmap.encoder.base import Encoding, check_conditions
 from soundmap.encoder.card import InputSpec, ModelCard, verify_files
-from soundmap.encoder.text import StaticText
-from soundmap.errors import ModelError, UsageError
+from soundmap.encoder.flan import FlanText
+from soundmap.encoder.text import StaticText, TextTokens
+from soundmap.errors import MissingExtra, ModelError, UsageError
+from soundmap.nn.metadata import Metadata, encode_hour, encode_latlong, encode_month
 from soundmap.nn.model import ModelConfig, SoundModel
 from soundmap.nn.vit import ViTConfig
-
-log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 TEXT_TABLE = "text.table"
+# Weights of the tower for sound: read when the first clip is to be encoded.
+_SOUND_PARTS = ("audio.", "scales.")
+PRECISIONS = ("float32", "bfloat16", "int8")
 # Few enough that activations stay near one core, many enough that operators are worth starting.
 _PASS_PX = 32 * 64 * 64
 # Largest change of a probability that the lower precision may cause.
@@ -45,6 +51,7 @@ def model_config(architecture: dict[str, Any]) -> ModelConfig:
         vit = dict(values.pop("vit"))
         vit["stem"] = tuple(vit.get("stem", ()))
         vit["stem_strides"] = tuple(vit.get("stem_strides", ()))
+        values["metadata"] = tuple(values.get("metadata", ()))
         return ModelConfig(vit=ViTConfig(**vit), **values)
     except (KeyError, TypeError) as error:
         raise ModelError(f"the model's card states an unknown architecture: {error}") from error
@@ -73,6 +80,30 @@ def _fold_batch_norms(model: SoundModel) -> None:
     model.vit.patch_embed = nn.Sequential(*folded)
 
 
+def read_weights(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Read some of a model's weights, by name.
+
+    Raises
+    ------
+    ModelError
+        The file is missing or damaged.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged ({error}): install the model again") from error
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise ModelError(f"{path} does not fit its card: {detail}") from error
+    module.eval().requires_grad_(False)
+
+
 class TorchEncoder:
     """A model on this machine's processor or GPU.
 
@@ -88,7 +119,7 @@ class TorchEncoder:
         Default: one per core that this process may use.
     precision
         "auto" takes bfloat16 where the processor has it and the card says that no probability
-        moves by more than 0.01; "float32" or "bfloat16" force it.
+        moves by more than 0.01; "float32", "bfloat16" or "int8" force it. int8 is for processors.
 
     Raises
     ------
@@ -105,43 +136,56 @@ class TorchEncoder:
     ) -> None:
         verify_files(card)
         self.card = card
-        config = model_config(dict(card.architecture))
-        state = load_file(str(card.folder / WEIGHTS_FILE))
+        self._path = card.folder / WEIGHTS_FILE
+        self.config = model_config(dict(card.architecture))
+        state = read_weights(self._path, lambda name: not name.startswith(_SOUND_PARTS))
         table = state.pop(TEXT_TABLE, None)
-        if table is None:
-            raise ModelError(f"{card.folder / WEIGHTS_FILE} holds no token vectors ({TEXT_TABLE})")
-        model = SoundModel(config)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            detail = " ".join(str(error).split())
-            raise ModelError(
-                f"{card.folder / WEIGHTS_FILE} does not fit its card: {detail}"
-            ) from error
-        model.eval().requires_grad_(False)
+        # Made without numbers, which the file has.
+        with torch.device("meta"):
+            model = SoundModel(replace(self.config, audio=False))
+        _fill(model, state, self._path)
         _fold_batch_norms(model)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        self.precision = self._choose_precision(precision)
+        self._text = self._text_side(table)
+        if self.precision == "int8":
+            from soundmap.nn.int8 import quantise
+
+            quantise(model)
         model = model.to(self.device)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.dtype = self._choose_precision(precision)
-        self._text = StaticText.load(card.folder / TOKENIZER_FILE, table.numpy())
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.threads = threads or cores or 1
         # The setting holds for the thread that makes it, so a caller's own torch is untouched.
         self._pool = ThreadPoolExecutor(
             self.threads, "encode", initializer=lambda: torch.set_num_threads(1)
         )
+        self._lock = threading.Lock()
 
-    def _choose_precision(self, precision: str) -> torch.dtype:
+    def _text_side(self, table: Tensor | None) -> TextTokens:
+        if table is not None:
+            return StaticText.load(self.card.folder / TOKENIZER_FILE, table.numpy())
+        try:
+            name = str(self.card.data["text"]["encoder"])
+        except (KeyError, TypeError) as error:
+            raise ModelError(
+                f"{self._path} holds no token vectors ({TEXT_TABLE}), and the card of "
+                f"{self.card.name} names no text encoder: install the model again"
+            ) from error
+        return FlanText(name, self.config.text_dim)
+
+    def _choose_precision(self, precision: str) -> str:
         if precision == "auto":
             change = self.card.data.get("precision", {}).get("bfloat16_max_probability_change", 1.0)
             fits = change <= _MAX_CHANGE and (self.device.type == "cuda" or cpu_has_bfloat16())
-            return torch.bfloat16 if fits else torch.float32
-        if precision not in ("float32", "bfloat16"):
-            raise UsageError(f"precision {precision!r} is neither auto, float32 nor bfloat16")
-        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+            return "bfloat16" if fits else "float32"
+        if precision not in PRECISIONS:
+            raise UsageError(f"precision {precision!r} is none of auto, {', '.join(PRECISIONS)}")
+        if precision == "int8" and self.device.type != "cpu":
+            raise UsageError("precision int8 is for processors: on a GPU use bfloat16")
+        return precision
 
     @property
     def id(self) -> str:
@@ -156,7 +200,7 @@ class TorchEncoder:
     @property
     def dim(self) -> int:
         """Length of an embedding, D."""
-        return self.model.config.dim
+        return self.config.dim
 
     @property
     def share_scale(self) -> float:
@@ -182,22 +226,22 @@ class TorchEncoder:
             The windows have the wrong shape or type, or an input is given that the model lacks.
         """
         self._check_windows(pixels, details)
-        given = {"lonlat": lonlat is not None, "month": month is not None, "hour": hour is not None}
-        for name, is_given in given.items():
-            if is_given and name not in self.spec.metadata:
-                raise UsageError(f"the model {self.card.name} was not trained with {name}")
-        if scale not in self.spec.scales:
-            raise UsageError(
-                f"the model {self.card.name} knows scales {self.spec.scales}, not {scale}"
-            )
-        told = self.spec.gsd_m[-1][1] if gsd_m is None else gsd_m
+        name = f"the model {self.card.name}"
+        check_conditions(self.spec, name, len(pixels), lonlat, month, hour, scale)
+        metadata = self._metadata(len(pixels), lonlat, month, hour)
+        told = self.spec.gsd_m[-1][1] * scale if gsd_m is None else gsd_m
         height, width = pixels.shape[2:]
         count = max(1, _PASS_PX // (height * width))
-        parts = [pixels[i : i + count] for i in range(0, len(pixels), count)]
-        if self.threads > 1 and len(parts) > 1 and self.device.type == "cpu":
-            results = list(self._pool.map(lambda p: self._pass(p, told, details), parts))
+        starts = range(0, len(pixels), count)
+
+        def run(start: int) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+            stop = min(start + count, len(pixels))
+            return self._pass(pixels[start:stop], told, details, metadata.part(start, stop))
+
+        if self.threads > 1 and len(starts) > 1 and self.device.type == "cpu":
+            results = list(self._pool.map(run, starts))
         else:
-            results = [self._pass(part, told, details) for part in parts]
+            results = [run(start) for start in starts]
         rows, cols = height // self.spec.patch_px, width // self.spec.patch_px
 
         def join(index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -222,9 +266,30 @@ class TorchEncoder:
             given_as = f"{pixels.dtype}{list(pixels.shape)}"
             raise UsageError(f"windows must be uint8[B, 3, {side}, {side}], not {given_as}")
 
+    def _metadata(
+        self,
+        windows: int,
+        lonlat: NDArray[np.float64] | None,
+        month: int | None,
+        hour: int | None,
+    ) -> Metadata:
+        """Encode what is given; all else stays masked: the sources always, which nobody knows."""
+        values: dict[str, Tensor] = {}
+        if lonlat is not None:
+            values["latlong"] = encode_latlong(torch.from_numpy(np.asarray(lonlat, np.float64)))
+        if month is not None:
+            values["month"] = encode_month(torch.tensor([month] * windows))
+        if hour is not None:
+            values["time"] = encode_hour(torch.tensor([hour] * windows))
+        return Metadata({name: value.to(self.device) for name, value in values.items()}, {})
+
     @torch.inference_mode()
     def _pass(
-        self, pixels: NDArray[np.uint8], gsd_m: float, details: tuple[str, ...]
+        self,
+        pixels: NDArray[np.uint8],
+        gsd_m: float,
+        details: tuple[str, ...],
+        metadata: Metadata,
     ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
         x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -232,20 +297,22 @@ class TorchEncoder:
         model, codebook = self.model, self.model.codebook
         local = model.config.local_patches
         image = patches = None
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        lower = self.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=lower):
             grid = model.embed(x)
-            queries = model.queries(grid, gsd) if "image" in details or not local else None
-            if local and "patch" in details:
-                single = model.queries(grid, gsd, local=True)
-            else:
-                single = queries
+            queries = None
+            if "image" in details or not local:
+                queries = model.queries(grid, gsd, metadata=metadata)
+            single = model.queries(grid, gsd, True) if local and "patch" in details else queries
         if "image" in details:
             assert queries is not None
             image = codebook.pool(queries.float()).cpu().numpy()
         if "patch" in details:
             assert single is not None
-            shape = (len(x), *grid.shape[-2:], -1)
-            patches = codebook.each(single.float()).view(shape).cpu().numpy()
+            rows, cols = grid.shape[-2:]
+            # Behind the patches stand the fields of metadata.
+            each = codebook.each(single[:, : rows * cols].float())
+            patches = each.view(len(x), rows, cols, -1).cpu().numpy()
         return image, patches
 
     @torch.inference_mode()
@@ -256,7 +323,70 @@ class TorchEncoder:
         ------
         UsageError
             A text has no word that the model knows.
+        ModelError
+            The text encoder is not on this machine and cannot be fetched.
+        MissingExtra
+            The library that runs the text encoder is not installed.
         """
-        tokens = torch.from_numpy(self._text.vectors(texts)).to(self.device)
-        result: NDArray[np.float32] = self.model.encode_text(tokens).float().cpu().numpy()
+        tokens = self._text.tokens(texts)
+        result = np.empty((len(texts), self.dim), np.float32)
+        # Texts of one length at a time: padding would enter the maximum over the tokens, and a
+        # text's numbers would depend on its neighbours.
+        for length in sorted({len(t) for t in tokens}):
+            same = [i for i, t in enumerate(tokens) if len(t) == length]
+            batch = torch.from_numpy(np.stack([tokens[i] for i in same])).to(self.device)
+            result[same] = self.model.encode_text(batch).float().cpu().numpy()
         return result
+
+    @torch.inference_mode()
+    def encode_audio(self, clips: Sequence[str | Path]) -> NDArray[np.float32]:
+        """Encode sound files: float32[N, D], unit vectors.
+
+        A clip longer than ten seconds is cut into pieces of ten seconds, whose unit vectors are
+        averaged; a shorter one is followed by silence.
+
+        Raises
+        ------
+        UsageError
+            The model has no tower for sound.
+        InputError
+            A file cannot be read, or holds no sound.
+        MissingExtra
+            A library that this needs is not installed.
+        """
+        if not self.config.audio:
+            raise UsageError(
+                f"the model {self.card.name} knows images and text, not sound: describe the sound "
+                "with --text, or use a model with an audio tower"
+            )
+        from soundmap.encoder.audio import read_segments
+        from soundmap.nn.mel import log_mel
+
+        self._load_audio()
+        result = np.empty((len(clips), self.dim), np.float32)
+        for row, clip in zip(result, clips, strict=True):
+            total = torch.zeros(self.dim)
+            for piece in read_segments(clip):
+                # On the processor: a GPU's faster convolutions round the decibels.
+                mel = log_mel(torch.from_numpy(piece)[None])
+                total += self.model.encode_audio(mel.to(self.device))[0].float().cpu()
+            row[:] = nn.functional.normalize(total, dim=0).numpy()
+        return result
+
+    def _load_audio(self) -> None:
+        with self._lock:
+            if self.model.audio is not None:
+                return
+            try:
+                self.model.add_audio()
+            except ImportError as error:
+                raise MissingExtra(
+                    "transformers", "sat2sound", "this model's tower for sound"
+                ) from error
+            state = read_weights(self._path, lambda name: name.startswith(_SOUND_PARTS))
+            assert self.model.audio is not None
+            parts = {"audio.": self.model.audio, "scales.": self.model.scales}
+            for prefix, module in parts.items():
+                own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                _fill(module, own, self._path)
+                module.to(self.device)

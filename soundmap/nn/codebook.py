@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soundmap.nn.sparsemax import sparsemax
+from soundmap.nn.sparsemax import project_, sparsemax
+
+# Numbers held at a time where logits pass through: few enough for a processor's cache, enough
+# rows for a matrix product to be worth starting.
+_POOL_BLOCK = 1 << 19
+_EACH_BLOCK = 1 << 22
+_LEAST_CODES = 256
 
 
 class QueryMap(nn.Sequential):
@@ -29,6 +35,9 @@ class QueryMap(nn.Sequential):
 
 class Codebook(nn.Module):
     """One dictionary of codes, shared by all modalities.
+
+    Without gradients, logits are made and used up part by part: all 16,000 of all tokens of a
+    batch never stand in memory together.
 
     Parameters
     ----------
@@ -50,25 +59,71 @@ class Codebook(nn.Module):
         # Scaling the queries, not the K logits of each, saves a pass over the largest array.
         return (queries * self.scale) @ self.codes.T
 
-    def combine(self, logits: Tensor) -> Tensor:
-        """Turn logits into unit vectors: float[..., K] to float[..., D]."""
-        return F.normalize(sparsemax(logits) @ self.codes, dim=-1)
-
-    def pool(self, queries: Tensor) -> Tensor:
-        """Embed a set of tokens as one: each code takes its largest logit over the tokens.
+    def largest(self, queries: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Find each code's largest logit over a set of tokens.
 
         Parameters
         ----------
         queries
             float[B, N, D].
+        mask
+            bool[B, N], False for padding. The published model multiplies logits by it, so that
+            padding has logits of zero, which take part like any other: where a row has padding,
+            no code's largest logit is below zero.
+
+        Returns
+        -------
+        Tensor
+            float[B, K].
+        """
+        if mask is not None:
+            # The same as multiplying logits: a query of zero has no others.
+            queries = queries * mask[..., None]
+        if self._learns_from(queries) or not queries.numel():
+            return self.logits(queries).amax(-2)
+        batch, count, dim = queries.shape
+        flat = (queries * self.scale).reshape(-1, dim)
+        out = flat.new_empty(batch, len(self.codes))
+        step = max(_LEAST_CODES, _POOL_BLOCK // len(flat))
+        for codes, part in zip(self.codes.split(step), out.split(step, -1), strict=True):
+            torch.amax((flat @ codes.T).view(batch, count, -1), -2, out=part)
+        return out
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Turn logits into weighted sums of codes: float[..., K] to float[..., D], any length."""
+        return sparsemax(logits) @ self.codes
+
+    def combine(self, logits: Tensor) -> Tensor:
+        """Turn logits into unit vectors: float[..., K] to float[..., D]."""
+        return F.normalize(self.mix(logits), dim=-1)
+
+    def pool(self, queries: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Embed a set of tokens as one: each code takes its largest logit over the tokens.
+
+        Parameters
+        ----------
+        queries, mask
+            See `largest`.
 
         Returns
         -------
         Tensor
             float[B, D], unit vectors.
         """
-        return self.combine(self.logits(queries).amax(dim=-2))
+        return self.combine(self.largest(queries, mask))
 
     def each(self, queries: Tensor) -> Tensor:
         """Embed every token by itself: float[..., D] to unit vectors float[..., D]."""
-        return self.combine(self.logits(queries))
+        if self._learns_from(queries):
+            return self.combine(self.logits(queries))
+        dim = queries.shape[-1]
+        out = queries.new_empty(queries.shape)
+        step = max(1, _EACH_BLOCK // len(self.codes))
+        parts = zip(queries.reshape(-1, dim).split(step), out.view(-1, dim).split(step), strict=True)
+        for part, found in parts:
+            torch.mm(project_(self.logits(part)), self.codes, out=found)
+        return F.normalize(out, dim=-1)
+
+    def _learns_from(self, queries: Tensor) -> bool:
+        """Whether gradients will be asked for, which need the logits as a whole."""
+        return torch.is_grad_enabled() and (queries.requires_grad or self.codes.requires_grad)

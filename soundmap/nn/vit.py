@@ -109,8 +109,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, local: bool = False) -> Tensor:
-        """Attend among tokens, or each to itself alone: float[B, N, width] to the same."""
+    def forward(self, x: Tensor, local: bool = False, seen: Tensor | None = None) -> Tensor:
+        """Attend among tokens, or each to itself alone: float[B, N, width] to the same.
+
+        ``seen``: bool[B, 1, 1, N], False for tokens that none may attend to.
+        """
         b, n, w = x.shape
         if local:
             # Attention to oneself alone returns one's own value: queries and keys are not needed.
@@ -118,7 +121,7 @@ class Attention(nn.Module):
             alone: Tensor = self.proj(own)
             return alone
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, seen)
         out: Tensor = self.proj(y.transpose(1, 2).reshape(b, n, w))
         return out
 

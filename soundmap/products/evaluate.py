@@ -4,6 +4,9 @@ What counts as right is the audibility table of the model's folder: a concept is
 class or it is not. Every concept that is audible in some but not all of the judged places gets an
 area under the ROC curve (AUC): the chance that a place where it is audible scores higher than one
 where it is not.
+
+How well a model finds the recording of an image, and the image of a recording, is judged by
+`soundmap.products.retrieval`; its functions can be had from here, too.
 """
 
 from __future__ import annotations
@@ -27,8 +30,41 @@ from soundmap.products.labelled import (
     load_eurosat,
     load_ucmerced,
 )
+from soundmap.products.retrieval import (
+    Direction,
+    Retrieval,
+    match_ranks,
+    nearest,
+    recall,
+    retrieval,
+    top_tenth,
+)
 from soundmap.scoring import ConceptBank, score
 from soundmap.sources.sample import scene_layout
+
+__all__ = [
+    "MOSAIC_TABLE",
+    "ConceptScore",
+    "Direction",
+    "MosaicPatch",
+    "Retrieval",
+    "SetScore",
+    "as_windows",
+    "auc",
+    "class_vectors",
+    "concept_scores",
+    "evaluate_model",
+    "evaluate_mosaic",
+    "evaluate_mosaics",
+    "evaluate_sample",
+    "evaluate_windows",
+    "match_ranks",
+    "nearest",
+    "read_mosaic_patches",
+    "recall",
+    "retrieval",
+    "top_tenth",
+]
 
 MOSAIC_TABLE = "eurosat_mosaic_patches.csv"
 _LABEL_PX = 64

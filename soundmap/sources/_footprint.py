@@ -19,6 +19,9 @@ Floats = NDArray[np.float64]
 _ALIGNED_PX = 1e-2
 """Grids whose corners lie this close to pixel corners count as aligned (native pixels)."""
 
+_CUBIC_REACH = 2.0
+"""How far a bicubic kernel reaches from its middle, in pixels that it is stretched to."""
+
 _LATTICE_PX = 32
 """Output pixels between points whose place in the raster is computed exactly."""
 
@@ -70,6 +73,11 @@ class Aligned:
     kx: int
     ky: int
 
+    @property
+    def coincides(self) -> bool:
+        """Whether each pixel is one native pixel."""
+        return abs(self.kx) == abs(self.ky) == 1
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -79,8 +87,59 @@ class Placed:
     same_crs: bool
 
 
-def placements(grid: GeoBox, native: GeoBox) -> Iterator[Aligned | Placed]:
-    """Ways in which a raster may meet a grid: one, or two where the globe wraps around."""
+@dataclass(frozen=True)
+class Kernel:
+    """How many native pixels wide the unit of a bicubic kernel is: 1, or more where stretched."""
+
+    cols: float
+    rows: float
+
+    @property
+    def reach_cols(self) -> float:
+        """Native columns that it reaches from its middle."""
+        return _CUBIC_REACH * self.cols
+
+    @property
+    def reach_rows(self) -> float:
+        """Native rows that it reaches from its middle."""
+        return _CUBIC_REACH * self.rows
+
+
+def kernel(grid: GeoBox, native: GeoBox) -> Kernel | None:
+    """Stretch a bicubic kernel by how much coarser a grid is than a raster.
+
+    Where both have one CRS this is the same for every part of the grid. Else it is what is typical
+    of the grid given, so grids must be tiles that stand still if parts are to be alike.
+
+    Returns
+    -------
+    Kernel or None
+        None if none of the grid has a place in the raster's CRS.
+    """
+    if grid.crs == native.crs:
+        step = ~native.affine * grid.affine
+        cols, rows = math.hypot(step.a, step.b), math.hypot(step.d, step.e)
+    else:
+        height, width = grid.shape
+        r, c = _lattice(0, height), _lattice(0, width)
+        steps = _Steps.of(
+            *_native_places(grid, native, Placed(0.0, False), r, c), r[1] - r[0], c[1] - c[0]
+        )
+        if steps is None:
+            return None
+        cols, rows = steps.per_pixel_col, steps.per_pixel_row
+    return Kernel(max(1.0, cols), max(1.0, rows))
+
+
+def placements(
+    grid: GeoBox, native: GeoBox, cubic: Kernel | None = None
+) -> Iterator[Aligned | Placed]:
+    """Ways in which a raster may meet a grid: one, or two where the globe wraps around.
+
+    With a kernel, only pixels that coincide count as aligned, blocks of them do not.
+    """
+    # Half a pixel beyond its edge a raster still has a share in interpolated pixels.
+    reach = 2.0 if cubic is None else 1 + max(cubic.reach_cols, cubic.reach_rows)
     same = grid.crs == native.crs
     period = x_period(crs_of(native))
     # With the same CRS, x of a grid across the dateline runs on past 180, the raster's does not.
@@ -89,29 +148,32 @@ def placements(grid: GeoBox, native: GeoBox) -> Iterator[Aligned | Placed]:
     for shift in turns:
         if same:
             affine = ~native.affine * Affine.translation(-shift, 0) * grid.affine
-            if not _meets(affine, grid, native):
+            if not _meets(affine, grid, native, reach):
                 continue
-            aligned = _alignment(affine, grid)
-            if aligned is not None:
+            aligned = alignment(affine, grid)
+            if aligned is not None and (cubic is None or aligned.coincides):
                 yield aligned
                 continue
         yield Placed(shift, same)
 
 
-def _meets(affine: Affine, grid: GeoBox, native: GeoBox) -> bool:
+def _meets(affine: Affine, grid: GeoBox, native: GeoBox, reach: float) -> bool:
     height, width = grid.shape
     corners = [affine * (c, r) for c in (0, width) for r in (0, height)]
     cols, rows = [c for c, _ in corners], [r for _, r in corners]
-    # Half a pixel beyond its edge a raster still has a share in interpolated pixels.
     return (
-        max(cols) > -2
-        and min(cols) < native.shape[1] + 2
-        and max(rows) > -2
-        and min(rows) < native.shape[0] + 2
+        max(cols) > -reach
+        and min(cols) < native.shape[1] + reach
+        and max(rows) > -reach
+        and min(rows) < native.shape[0] + reach
     )
 
 
-def _alignment(affine: Affine, grid: GeoBox) -> Aligned | None:
+def alignment(affine: Affine, grid: GeoBox) -> Aligned | None:
+    """Tell how a grid's pixels are made of whole native ones; None if they are not.
+
+    ``affine`` leads from pixels of the grid to native ones.
+    """
     height, width = grid.shape
     kx, ky = round(affine.a), round(affine.e)
     if kx == 0 or ky == 0:
@@ -142,7 +204,12 @@ class Footprint:
 
 
 def footprint(
-    grid: GeoBox, native: GeoBox, placed: Placed, rows: slice, cols: slice
+    grid: GeoBox,
+    native: GeoBox,
+    placed: Placed,
+    rows: slice,
+    cols: slice,
+    cubic: Kernel | None = None,
 ) -> Footprint | None:
     """Where the given part of a grid lies in a raster; None if it touches nothing of it."""
     r, c = _lattice(rows.start, rows.stop), _lattice(cols.start, cols.stop)
@@ -156,8 +223,19 @@ def footprint(
     height, width = native.shape
     lost = not known.all()
     # A point that could not be placed may hide up to a step of the raster beside its neighbours.
-    reach_col = steps.extent_col + 2 + (steps.longest_col if lost else steps.bulge_col)
-    reach_row = steps.extent_row + 2 + (steps.longest_row if lost else steps.bulge_row)
+    around_col, around_row = steps.extent_col, steps.extent_row
+    pad_col, pad_row = math.ceil(around_col) + 2, math.ceil(around_row) + 2
+    if cubic is not None:
+        around_col, around_row = (
+            max(around_col, cubic.reach_cols),
+            max(around_row, cubic.reach_rows),
+        )
+        # Wherever a kernel still touches the raster, all of it must find pixels or nothing: GDAL
+        # makes up for what lies beyond both.
+        pad_col = math.ceil(around_col + cubic.reach_cols) + 2
+        pad_row = math.ceil(around_row + cubic.reach_rows) + 2
+    reach_col = around_col + 2 + (steps.longest_col if lost else steps.bulge_col)
+    reach_row = around_row + 2 + (steps.longest_row if lost else steps.bulge_row)
     low_col, high_col = _spans(native_col)
     low_row, high_row = _spans(native_row)
     touched = (
@@ -173,7 +251,6 @@ def footprint(
     if lost:
         i0, i1 = max(i0 - 1, 0), min(i1 + 1, touched.shape[0])
         j0, j1 = max(j0 - 1, 0), min(j1 + 1, touched.shape[1])
-    pad_col, pad_row = math.ceil(steps.extent_col) + 2, math.ceil(steps.extent_row) + 2
     return Footprint(
         rows=slice(math.floor(r[i0]), math.ceil(r[i1])),
         cols=slice(math.floor(c[j0]), math.ceil(c[j1])),
@@ -197,6 +274,9 @@ class _Steps:
     extent_col: float
     extent_row: float
     """Native pixels that one output pixel reaches over."""
+    per_pixel_col: float
+    per_pixel_row: float
+    """Native pixels per output pixel along native columns and rows, whatever the turn."""
     bulge_col: float
     bulge_row: float
     """How far a place between points may lie beyond them."""
@@ -217,6 +297,8 @@ class _Steps:
             stride=max(math.hypot(*right), math.hypot(*down)),
             extent_col=right[0] + down[0],
             extent_row=right[1] + down[1],
+            per_pixel_col=math.hypot(right[0], down[0]),
+            per_pixel_row=math.hypot(right[1], down[1]),
             bulge_col=min(
                 longest_col,
                 _largest(np.diff(col_right, axis=1)) + _largest(np.diff(col_down, axis=0)),

@@ -3,6 +3,10 @@
 Everything here works on colours that are uint8 already and on a validity plane beside them. Both
 are resampled together, colours weighted by validity, so that an invalid pixel never lends its
 colour to a neighbour, and what share of an output pixel was seen is known.
+
+With bicubic resampling the share is the kernel's own: at a straight edge it crosses one half where
+the share of the area does. What is kept has at least half of the kernel's weight, so that colours,
+which are divided by it, stay near those of the imagery in spite of the kernel's negative lobes.
 """
 
 from __future__ import annotations
@@ -18,11 +22,20 @@ from numpy.typing import NDArray
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 from odc.geo.types import Shape2d
-from rasterio.warp import Resampling, reproject
+from rasterio.warp import Resampling as Gdal
+from rasterio.warp import reproject
 
 from soundmap.grid import crs_of, x_period
-from soundmap.sources._footprint import Aligned, Footprint, Placed, footprint, placements
-from soundmap.sources.base import Image
+from soundmap.sources._footprint import (
+    Aligned,
+    Footprint,
+    Kernel,
+    Placed,
+    footprint,
+    kernel,
+    placements,
+)
+from soundmap.sources.base import Image, Resampling
 
 Span = tuple[int, int]
 
@@ -32,13 +45,10 @@ _MAX_SOURCE_PX = 9_000_000
 _MIN_SHARE = 0.5 - 1e-4
 """An output pixel is valid from this share of valid area; below half only by rounding error."""
 
-# GDAL stretches the bilinear kernel by a factor that it estimates from each chunk, which would make
-# a pixel depend on what else was asked for: 1 fixes it. So would its approximate coordinates,
-# whose error of up to 1/8 px moves with the chunk. SAMPLE_GRID looks for the raster under the whole
-# of a chunk, not under its edges only: a chunk around a pole has all else inside.
+# GDAL's approximate coordinates have an error of up to 1/8 px that moves with the chunk, which
+# would make a pixel depend on what else was asked for. SAMPLE_GRID looks for the raster under the
+# whole of a chunk, not under its edges only: a chunk around a pole has all else inside.
 _WARP_OPTIONS = {
-    "XSCALE": "1",
-    "YSCALE": "1",
     "tolerance": 1e-3,
     "SAMPLE_GRID": "YES",
     "warp_mem_limit": 128,
@@ -62,10 +72,13 @@ class Canvas:
     ----------
     grid
         The pixels to fill.
+    piecewise
+        What is put are pieces of one raster: they just add up.
     """
 
-    def __init__(self, grid: GeoBox) -> None:
+    def __init__(self, grid: GeoBox, *, piecewise: bool = False) -> None:
         self.grid = grid
+        self._piecewise = piecewise
         height, width = grid.shape
         self._pixels = np.zeros((3, height, width), np.uint8)
         self._valid = np.zeros((height, width), np.bool_)
@@ -108,6 +121,10 @@ class Canvas:
         if self._sums is None or self._shares is None:
             self._sums = self._pixels.astype(np.float32)
             self._shares = self._valid.astype(np.float32)
+        if self._piecewise:
+            self._sums[:, rows, cols] += sums
+            self._shares[rows, cols] += shares
+            return
         before = self._shares[rows, cols]
         free = np.minimum(shares, 1 - before)
         # Most blocks meet an empty canvas: then the division below would only cost time.
@@ -116,6 +133,22 @@ class Canvas:
             sums = sums * scale
         self._sums[:, rows, cols] += sums
         before += free
+
+    def lay(self, top: Canvas) -> None:
+        """Put what one raster came to by bicubic resampling, in however many pieces.
+
+        Pieces of one raster add up to what it would be in one, for which shares may be negative or
+        above 1 until all are there. Between rasters, shares are shares again.
+        """
+        everywhere = slice(None), slice(None)
+        if top._sums is None or top._shares is None:
+            self.add_whole(*everywhere, top._pixels, top._valid)
+            return
+        shares = top._shares.clip(0, 1)
+        sums = top._sums
+        sums /= np.maximum(top._shares, 1)
+        np.clip(sums, 0, 255 * shares, out=sums)
+        self.add_part(*everywhere, sums, shares)
 
     def image(self) -> Image:
         """Return the finished picture."""
@@ -128,7 +161,9 @@ class Canvas:
         return Image(pixels, valid, self.grid)
 
 
-def fill(canvas: Canvas, native: GeoBox, read: PixelReader) -> None:
+def fill(
+    canvas: Canvas, native: GeoBox, read: PixelReader, resampling: Resampling = "area"
+) -> None:
     """Lay one raster onto the canvas.
 
     Parameters
@@ -139,13 +174,29 @@ def fill(canvas: Canvas, native: GeoBox, read: PixelReader) -> None:
         The raster's own pixel grid; may be rotated or south-up.
     read
         Gives its native pixels.
+    resampling
+        How pixels are made that do not coincide with native ones.
     """
-    for placed in placements(canvas.grid, native):
+    whole = slice(0, canvas.grid.shape[0]), slice(0, canvas.grid.shape[1])
+    if resampling == "area":
+        for placed in placements(canvas.grid, native):
+            if isinstance(placed, Aligned):
+                _copy_or_average(canvas, placed, native.shape, read)
+            else:
+                _warp(canvas, native, read, placed, None, *whole)
+        return
+    cubic = kernel(canvas.grid, native)
+    if cubic is None:
+        return
+    pieces = None
+    for placed in placements(canvas.grid, native, cubic):
         if isinstance(placed, Aligned):
             _copy_or_average(canvas, placed, native.shape, read)
         else:
-            height, width = canvas.grid.shape
-            _warp(canvas, native, read, placed, slice(0, height), slice(0, width))
+            pieces = pieces or Canvas(canvas.grid, piecewise=True)
+            _warp(pieces, native, read, placed, cubic, *whole)
+    if pieces is not None:
+        canvas.lay(pieces)
 
 
 # --------------------------------------------------------------------------- pixels that coincide
@@ -247,9 +298,15 @@ def _read_padded(
 
 
 def _warp(
-    canvas: Canvas, native: GeoBox, read: PixelReader, placed: Placed, rows: slice, cols: slice
+    canvas: Canvas,
+    native: GeoBox,
+    read: PixelReader,
+    placed: Placed,
+    cubic: Kernel | None,
+    rows: slice,
+    cols: slice,
 ) -> None:
-    found = footprint(canvas.grid, native, placed, rows, cols)
+    found = footprint(canvas.grid, native, placed, rows, cols, cubic)
     if found is None:
         return
     row0, row1, col0, col1 = found.window
@@ -257,10 +314,10 @@ def _warp(
     width = found.cols.stop - found.cols.start
     if (row1 - row0) * (col1 - col0) > _MAX_SOURCE_PX and height * width > 16:
         for half_rows, half_cols in _halves(found.rows, found.cols):
-            _warp(canvas, native, read, placed, half_rows, half_cols)
+            _warp(canvas, native, read, placed, cubic, half_rows, half_cols)
         return
     for there in _quarter_turns(native, placed, (max(col0, 0), min(col1, native.shape[1]))):
-        _warp_window(canvas, native, read, placed, found, there)
+        _warp_window(canvas, native, read, placed, cubic, found, there)
 
 
 def _quarter_turns(native: GeoBox, placed: Placed, cols: Span) -> list[Span]:
@@ -281,6 +338,7 @@ def _warp_window(
     native: GeoBox,
     read: PixelReader,
     placed: Placed,
+    cubic: Kernel | None,
     found: Footprint,
     cols_there: Span,
 ) -> None:
@@ -302,9 +360,7 @@ def _warp_window(
         "src_crs": _rasterio_crs(crs_of(native)),
         "dst_transform": target,
         "dst_crs": _rasterio_crs(crs_of(canvas.grid)),
-        # GDAL's average weighs pixels by the area covered, so at equal pixel size it is bilinear
-        # interpolation: no seam where one gives way to the other.
-        "resampling": Resampling.average if found.stride > 1.001 else Resampling.bilinear,
+        **_kernel_options(cubic, found.stride),
         **_WARP_OPTIONS,
     }
     if found.certain and valid.all():
@@ -317,7 +373,24 @@ def _warp_window(
     planes[3] = valid
     warped = np.zeros((4, height, width), np.float32)
     reproject(planes, warped, **options)
-    canvas.add_part(found.rows, found.cols, warped[:3], warped[3].clip(0, 1))
+    shares = warped[3] if cubic is not None else warped[3].clip(0, 1)
+    canvas.add_part(found.rows, found.cols, warped[:3], shares)
+
+
+def _kernel_options(cubic: Kernel | None, stride: float) -> dict[str, object]:
+    """Name GDAL's kernel and fix its stretch, which GDAL would estimate anew from each chunk."""
+    if cubic is not None:
+        return {
+            "resampling": Gdal.cubic,
+            "XSCALE": repr(1 / cubic.cols),
+            "YSCALE": repr(1 / cubic.rows),
+            # Its own estimate still decides how many pixels around a chunk it looks at.
+            "SOURCE_EXTRA": str(math.ceil(max(cubic.reach_cols, cubic.reach_rows))),
+        }
+    # GDAL's average weighs pixels by the area covered, so at equal pixel size it is bilinear
+    # interpolation: no seam where one gives way to the other.
+    average = stride > 1.001
+    return {"resampling": Gdal.average if average else Gdal.bilinear, "XSCALE": "1", "YSCALE": "1"}
 
 
 def _halves(rows: slice, cols: slice) -> list[tuple[slice, slice]]:

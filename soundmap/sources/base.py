@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
+
+Resampling = Literal["area", "cubic"]
+"""How pixels come about that are not the imagery's own.
+
+``area``: coarser ones are the mean of the imagery under them, by area; finer or shifted ones are
+interpolated between the nearest (bilinear). For models that were trained on imagery as it is.
+
+``cubic``: bicubic, a = -0.5, antialiased: where pixels are coarser (by 5 % or more) the kernel is
+stretched by as much, as Pillow's ``BICUBIC`` does. A pixel takes from imagery up to two of its own
+sizes away, so it is crisper than a mean. For models that were trained on crops resized so.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,12 +64,13 @@ class Source(Protocol):
         """Facts known without reading pixels."""
         ...
 
-    def read(self, grid: GeoBox) -> Image:
+    def read(self, grid: GeoBox, resampling: Resampling = "area") -> Image:
         """Fill ``grid`` with pixels.
 
         Outside the imagery the result is not valid: that is absence, not an error. The grid may
-        be in any CRS and of any pixel size: coarser than the imagery is averaged, finer or
-        shifted is interpolated (bilinear).
+        be in any CRS and of any pixel size. Pixels that are the imagery's own are copied, others
+        made as ``resampling`` says. A pixel never depends on what else was asked for, and what
+        is not valid never lends it its colour.
 
         Raises
         ------

@@ -14,7 +14,7 @@ from odc.geo.geobox import GeoBox
 from soundmap.errors import SourceError
 from soundmap.grid import ground_gsd_m
 from soundmap.sources._resample import Canvas, fill
-from soundmap.sources.base import Image, SourceInfo
+from soundmap.sources.base import Image, Resampling, SourceInfo
 
 
 class FakeSource:
@@ -72,6 +72,8 @@ class FakeSource:
         )
         self.grids: list[GeoBox] = []
         """Every grid asked for, in order."""
+        self.resamplings: list[Resampling] = []
+        """How each was to be filled."""
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class FakeSource:
         """How many reads were asked for, failed ones too."""
         return len(self.grids)
 
-    def read(self, grid: GeoBox) -> Image:
+    def read(self, grid: GeoBox, resampling: Resampling = "area") -> Image:
         """Fill ``grid`` with pixels, or fail if this read was to.
 
         Raises
@@ -101,12 +103,13 @@ class FakeSource:
         """
         with self._lock:
             self.grids.append(grid)
+            self.resamplings.append(resampling)
             number = len(self.grids)
         if number in self._fail_on:
             raise SourceError(f"{self._info.name}: read {number} was told to fail")
         canvas = Canvas(grid)
         if self._info.native_grid is not None:
-            fill(canvas, self._info.native_grid, self._window)
+            fill(canvas, self._info.native_grid, self._window, resampling)
         return canvas.image()
 
     def _window(

@@ -15,16 +15,14 @@ from typing import Any
 
 import numpy as np
 import rasterio
-from affine import Affine
 from numpy.typing import NDArray
-from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from soundmap.errors import SourceError, UsageError
-from soundmap.grid import crs_of, ground_gsd_m, x_period
-from soundmap.sources._footprint import native_extent, outline
+from soundmap.grid import ground_gsd_m
+from soundmap.sources._mosaic import Mosaic, union
 from soundmap.sources._rasterfile import (
     GDAL_OPTIONS,
     RasterFile,
@@ -35,7 +33,7 @@ from soundmap.sources._rasterfile import (
 from soundmap.sources._resample import Canvas, fill
 from soundmap.sources._rescale import Rescale, from_sample, given
 from soundmap.sources._tiles import read_in_tiles
-from soundmap.sources.base import Image, SourceInfo
+from soundmap.sources.base import Image, Resampling, SourceInfo
 
 _OPEN_FILES = 32
 """Files kept open between reads."""
@@ -112,7 +110,7 @@ class RasterSource:
     def _start(self) -> None:
         self._lock = threading.RLock()
         self._handles = _Handles()
-        self._groups = _by_crs(self._files)
+        self._mosaic = Mosaic(self._files)
 
     def __getstate__(self) -> dict[str, Any]:
         # Found out here once, not by every copy anew.
@@ -135,18 +133,21 @@ class RasterSource:
                 self._info = self._describe()
             return self._info
 
-    def read(self, grid: GeoBox) -> Image:
+    def read(self, grid: GeoBox, resampling: Resampling = "area") -> Image:
         """Fill ``grid`` with pixels.
 
-        Where the grid's pixels are the raster's own they are copied; where they are blocks of
-        k x k of them, averaged. Any other grid is warped: averaged by area where it is coarser,
-        bilinear where it is finer or shifted. A pixel is valid if half of its area is, and
-        its colour is that of the valid part.
+        Where the grid's pixels are the raster's own they are copied. By area, blocks of k x k of
+        them are averaged, and any other grid is warped: averaged where it is coarser, bilinear
+        where it is finer or shifted; a pixel is valid if half of its area is. By bicubic
+        resampling all other grids are warped; a pixel is valid if half of its kernel's weight is on
+        valid ones. Its colour is that of the valid part.
 
         Parameters
         ----------
         grid
             The pixels wanted, in any CRS.
+        resampling
+            How pixels are made that are not the raster's own.
 
         Returns
         -------
@@ -160,39 +161,38 @@ class RasterSource:
         """
         a = grid.affine
         if not (a.b or a.d) and any(f.grid.crs != grid.crs for f in self._files):
-            near = {file.path for file in self._near(grid)}
-            return read_in_tiles(grid, lambda tile: self._read(tile, near))
-        return self._read(grid)
+            near = frozenset(self._mosaic.near(grid, resampling))
+            return read_in_tiles(grid, lambda tile: self._read(tile, resampling, near))
+        return self._read(grid, resampling)
 
-    def _read(self, grid: GeoBox, among: Container[Path] | None = None) -> Image:
-        rescale = self._rescale()
+    def _read(
+        self, grid: GeoBox, resampling: Resampling, among: Container[int] | None = None
+    ) -> Image:
         canvas = Canvas(grid)
+        read_file = partial(self._window, self._rescale())
+        near = self._mosaic.near(grid, resampling)
+        if among is not None:
+            near = [i for i in near if i in among]
         with rasterio.Env(**GDAL_OPTIONS):
-            for file in self._near(grid):
-                if among is not None and file.path not in among:
-                    continue
-                with self._handles.borrow(file.path) as dataset:
-                    try:
-                        fill(canvas, file.grid, partial(file.window, dataset, rescale))
-                    except RasterioError as error:
-                        raise SourceError(
-                            f"{file.path}: could not be warped ({reason(error)})"
-                        ) from error
+            for run in self._mosaic.runs(near, resampling):
+                try:
+                    fill(canvas, run.grid, partial(run.window, read_file), resampling)
+                except RasterioError as error:
+                    names = ", ".join(str(part.file.path) for part in run.parts[:3])
+                    raise SourceError(f"{names}: could not be warped ({reason(error)})") from error
                 if len(self._files) > 1 and canvas.full:
                     break
         return canvas.image()
 
+    def _window(
+        self, rescale: Rescale | None, file: RasterFile, *window: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        with self._handles.borrow(file.path) as dataset:
+            return file.window(dataset, rescale, *window)
+
     def close(self) -> None:
         """Close the files that are kept open between reads; a later read opens them again."""
         self._handles.close()
-
-    def _near(self, grid: GeoBox) -> Iterator[RasterFile]:
-        if len(self._files) == 1:
-            yield self._files[0]
-            return
-        near = [group.members[group.touched(grid)] for group in self._groups]
-        for index in np.sort(np.concatenate(near)):
-            yield self._files[index]
 
     def _rescale(self) -> Rescale | None:
         with self._lock:
@@ -236,7 +236,7 @@ class RasterSource:
 
     def _describe(self) -> SourceInfo:
         first = self._files[0]
-        grid = _union(self._files)
+        grid = union(self._files)
         rescale = self._rescale()
         files = "; ".join(f"{f.path.name}:{f.digest()}" for f in self._files)
         if len(self._files) > _LISTED_FILES:
@@ -245,7 +245,7 @@ class RasterSource:
             "files": files,
             "bands": _joined(f"{','.join(map(str, f.bands))} ({f.bands_how})" for f in self._files),
             "rescale": str(rescale) if rescale else "none (uint8 as stored)",
-            "resampling": "average where coarser, else bilinear",
+            "resampling": "by area (average where coarser, else bilinear) or antialiased bicubic",
         }
         if len(self._files) > 1:
             facts["mosaic"] = f"{len(self._files)} rasters, the first valid pixel wins"
@@ -316,46 +316,6 @@ class _Handles:
 
 
 _ABANDONED: list[object] = []
-
-
-class _Group:
-    """Rasters of one CRS with their bounds in it, to find quickly which ones a grid may touch."""
-
-    def __init__(self, crs: CRS, members: list[int], grids: list[GeoBox]) -> None:
-        self.members = np.array(members)
-        self._crs = crs
-        self._bounds = np.array([tuple(g.extent.boundingbox) for g in grids])
-        self._period = x_period(crs)
-
-    def touched(self, grid: GeoBox) -> NDArray[np.bool_]:
-        around = outline(grid, self._crs)
-        if around is None:
-            return np.ones(len(self.members), np.bool_)
-        left, bottom, right, top = around
-        west, south, east, north = self._bounds.T
-        high = (south < top) & (north > bottom)
-        turns = [0.0] if self._period is None else [0.0, -self._period, self._period]
-        wide = [(west + t < right) & (east + t > left) for t in turns]
-        return high & np.logical_or.reduce(wide)
-
-
-def _by_crs(files: Sequence[RasterFile]) -> list[_Group]:
-    members: dict[CRS, list[int]] = {}
-    for i, file in enumerate(files):
-        members.setdefault(crs_of(file.grid), []).append(i)
-    return [_Group(crs, ids, [files[i].grid for i in ids]) for crs, ids in members.items()]
-
-
-def _union(files: Sequence[RasterFile]) -> GeoBox:
-    """The first raster's pixel grid, extended to hold all of them."""
-    first = files[0].grid
-    if len(files) == 1:
-        return first
-    spans = [e for e in (native_extent(f.grid, first) for f in files) if e is not None]
-    row0, row1 = min(s[0] for s in spans), max(s[1] for s in spans)
-    col0, col1 = min(s[2] for s in spans), max(s[3] for s in spans)
-    affine = first.affine * Affine.translation(col0, row0)
-    return GeoBox((row1 - row0, col1 - col0), affine, first.crs)
 
 
 def _spread(file: RasterFile, n: int) -> list[Window]:

@@ -16,7 +16,7 @@ from soundmap.grid import ground_gsd_m
 from soundmap.sources._resample import Canvas, fill
 from soundmap.sources._scene import SIZE, VERSION, scene_layout, scene_pixels
 from soundmap.sources._tiles import read_in_tiles
-from soundmap.sources.base import Image, SourceInfo
+from soundmap.sources.base import Image, Resampling, SourceInfo
 
 __all__ = ["SAMPLE_GRID", "SampleSource", "scene_layout"]
 
@@ -54,14 +54,15 @@ class SampleSource:
             facts={"scene": f"sample {VERSION}"},
         )
 
-    def read(self, grid: GeoBox) -> Image:
+    def read(self, grid: GeoBox, resampling: Resampling = "area") -> Image:
         """Fill ``grid`` with pixels of the scene; beyond its edges they are not valid.
 
         Parameters
         ----------
         grid
-            The pixels wanted, in any CRS. The scene's own are copied; coarser ones averaged;
-            others interpolated.
+            The pixels wanted, in any CRS. The scene's own are copied.
+        resampling
+            How others are made.
 
         Returns
         -------
@@ -75,14 +76,14 @@ class SampleSource:
         """
         a = grid.affine
         if not (a.b or a.d) and grid.crs != SAMPLE_GRID.crs:
-            return read_in_tiles(grid, self._read)
-        return self._read(grid)
+            return read_in_tiles(grid, lambda tile: self._read(tile, resampling))
+        return self._read(grid, resampling)
 
-    def _read(self, grid: GeoBox) -> Image:
+    def _read(self, grid: GeoBox, resampling: Resampling) -> Image:
         canvas = Canvas(grid)
         try:
             with rasterio.Env():
-                fill(canvas, SAMPLE_GRID, _window)
+                fill(canvas, SAMPLE_GRID, _window, resampling)
         except RasterioError as error:
             raise SourceError(
                 f"the sample scene could not be warped to {grid.crs}: {error}"

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ class EncoderContract:
     """By how much an embedding may change with its batch; more for reduced precision."""
     texts = ("church bells", "birdsong", "traffic")
     """Texts that the encoder knows, all different."""
+    clips: tuple[str, ...] = ()
+    """Paths of sound files, all different; none if the encoder has no tower for sound."""
 
     def make_encoder(self) -> Encoder:
         """Return an encoder; it may be the same each time."""
@@ -158,6 +161,80 @@ class EncoderContract:
         with pytest.raises(UsageError) as caught:
             encoder.encode_images(pixels, scale=max(encoder.spec.scales) + 1)
         _one_line(caught)
+
+    def test_metadata_count(self, encoder: Encoder) -> None:
+        """Each kind of metadata on the card changes the embedding; what is not given is masked."""
+        pixels = self.windows(encoder, 2)
+        bare = encoder.encode_images(pixels).patches
+        given: dict[str, list[Any]] = {
+            "lonlat": [np.array([[9.0, 48.0]] * 2), np.array([[9.0, -33.0]] * 2)],
+            "month": [1, 7],
+            "hour": [0, 6],
+        }
+        for name in encoder.spec.metadata:
+            seen = [encoder.encode_images(pixels, **{name: v}).patches for v in given[name]]
+            for one, other in ((bare, seen[0]), (bare, seen[1]), (seen[0], seen[1])):
+                assert one is not None
+                assert other is not None
+                assert np.abs(one - other).max() > 10 * self.tolerance, name
+
+    def test_every_window_has_its_own_place(self, encoder: Encoder) -> None:
+        """A window's place is its own, whatever windows it is encoded with."""
+        if "lonlat" not in encoder.spec.metadata:
+            return
+        pixels = np.repeat(self.windows(encoder, 1), 40, axis=0)
+        places = np.stack([np.linspace(-170, 170, 40), np.linspace(-80, 80, 40)], 1)
+        given = {n: 5 for n in ("month", "hour") if n in encoder.spec.metadata}
+        whole = encoder.encode_images(pixels, places, **given, details=("image",)).image
+        assert whole is not None
+        for i in (0, 17, 39):
+            place = places[i : i + 1]
+            alone = encoder.encode_images(pixels[:1], place, **given, details=("image",))
+            self._same(alone.image, whole[i : i + 1])
+        assert np.abs(whole[1:] - whole[:-1]).max() > 10 * self.tolerance
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("month", 0),
+            ("month", 13),
+            ("hour", 24),
+            ("hour", -1),
+            ("lonlat", np.zeros((3, 2))),
+            ("lonlat", np.array([[8.0, 91.0]])),
+            ("lonlat", np.array([[np.nan, 1.0]])),
+        ],
+    )
+    def test_refuses_impossible_metadata(self, encoder: Encoder, name: str, value: Any) -> None:
+        """There is no thirteenth month, whether the model knows months or not."""
+        with pytest.raises(UsageError) as caught:
+            encoder.encode_images(self.windows(encoder, 1), **{name: value})
+        _one_line(caught)
+
+    def test_takes_every_scale_that_it_knows(self, encoder: Encoder) -> None:
+        """Windows of more native tiles give unit vectors, and others."""
+        pixels = self.windows(encoder, 1)
+        found = [encoder.encode_images(pixels, scale=s).image for s in encoder.spec.scales]
+        for one in found:
+            _check(one, (1, encoder.dim))
+        for one, other in itertools.pairwise(found):
+            assert one is not None
+            assert other is not None
+            assert np.abs(one - other).max() > 10 * self.tolerance
+
+    def test_clips_are_unit_vectors(self, encoder: Encoder) -> None:
+        """Sound files become vectors of the same space; or are refused by who cannot hear."""
+        if not self.clips:
+            with pytest.raises(UsageError) as caught:
+                encoder.encode_audio(["birds.wav"])
+            _one_line(caught)
+            return
+        clips = list(self.clips)
+        vectors = encoder.encode_audio(clips)
+        _check(vectors, (len(clips), encoder.dim))
+        self._same(encoder.encode_audio(clips[::-1])[::-1], vectors)
+        likeness = vectors @ vectors.T - np.eye(len(clips))
+        assert likeness.max() < 1 - 1e-4, "all sounds are alike to it"
 
     def test_context_is_what_the_card_says(self, encoder: Encoder) -> None:
         """A patch that needs few pixels around it is the same in windows of any place and size."""

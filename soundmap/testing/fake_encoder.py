@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -158,6 +160,16 @@ class FakeEncoder:
         low, high = sums[:, :, :-side, :], sums[:, :, side:, :]
         squares = high[..., side:] - high[..., :-side] - low[..., side:] + low[..., :-side]
         return np.moveaxis(squares[:, :, ::patch, ::patch] / side**2, 1, -1)
+
+    def encode_audio(self, clips: Sequence[str | Path]) -> NDArray[np.float32]:
+        """Refuse: it hears nothing.
+
+        Raises
+        ------
+        UsageError
+            Always.
+        """
+        raise UsageError("the fake encoder has no tower for sound")
 
     def encode_text(self, texts: list[str]) -> NDArray[np.float32]:
         """Encode texts: float32[N, D], unit vectors; case and spaces do not count.

@@ -15,10 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from affine import Affine
+from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
 from soundmap.grid import cell_lonlat, local_metric_crs
-from soundmap.sources.base import Image, Source
+from soundmap.sources.base import Image, Resampling, Source
+
+in_both_ways = pytest.mark.parametrize("resampling", ["area", "cubic"])
 
 
 class SourceContract:
@@ -88,49 +91,69 @@ class SourceContract:
         assert all(isinstance(k, str) and isinstance(v, str) for k, v in info.facts.items())
         assert info == self.make_source().info
 
-    def test_fills_the_grid(self, source: Source) -> None:
+    @in_both_ways
+    def test_fills_the_grid(self, source: Source, resampling: Resampling) -> None:
         """An image has the shape, types and place that were asked for."""
         grid = self.grid_within(source)
-        image = source.read(grid)
+        image = source.read(grid, resampling)
         _check(image, grid)
         assert image.valid.any(), "choose grid_within where there is imagery"
 
-    def test_fills_other_grids(self, source: Source) -> None:
+    @in_both_ways
+    def test_fills_other_grids(self, source: Source, resampling: Resampling) -> None:
         """So it has on grids that are not its own."""
         for grid in self._other_grids(source):
-            image = source.read(grid)
+            image = source.read(grid, resampling)
             _check(image, grid)
             assert image.valid.any()
 
-    def test_outside_is_not_valid(self, source: Source) -> None:
+    @in_both_ways
+    def test_outside_is_not_valid(self, source: Source, resampling: Resampling) -> None:
         """Where there is no imagery nothing is valid, and nothing is raised."""
         grid = self.grid_outside(source)
-        image = source.read(grid)
+        image = source.read(grid, resampling)
         _check(image, grid)
         assert not image.valid.any()
 
-    def test_same_again(self, source: Source) -> None:
+    @in_both_ways
+    def test_same_again(self, source: Source, resampling: Resampling) -> None:
         """Reading twice gives the same pixels."""
         grid = self.grid_within(source)
-        _same(source.read(grid), source.read(grid))
+        _same(source.read(grid, resampling), source.read(grid, resampling))
 
-    def test_part_is_the_part_of_the_whole(self, source: Source) -> None:
+    def test_area_unless_told(self, source: Source) -> None:
+        """Who does not say how gets pixels by area."""
+        for grid in self._other_grids(source):
+            _same(source.read(grid), source.read(grid, "area"))
+
+    def test_own_pixels_are_the_same_in_both_ways(self, source: Source) -> None:
+        """Where a grid's pixels are the imagery's own there is nothing to resample."""
+        if self.rounding:
+            pytest.skip("the source resamples all that it reads")
+        grid = self.grid_within(source)
+        _same(source.read(grid, "area"), source.read(grid, "cubic"))
+
+    @in_both_ways
+    def test_part_is_the_part_of_the_whole(self, source: Source, resampling: Resampling) -> None:
         """What a pixel holds does not depend on what else was asked for."""
         grid = self.grid_within(source)
         rows, cols = grid.shape
-        whole = source.read(grid)
+        whole = source.read(grid, resampling)
         for row0, row1, col0, col1 in ((0, rows // 2, 0, cols), (5, 6, 7, 8), (3, rows, 11, cols)):
-            part = source.read(_part(grid, row0, row1, col0, col1))
+            part = source.read(_part(grid, row0, row1, col0, col1), resampling)
             step = part.pixels.astype(int) - whole.pixels[:, row0:row1, col0:col1]
             assert np.abs(step).max() <= self.rounding
             assert np.array_equal(part.valid, whole.valid[row0:row1, col0:col1])
 
-    def test_part_is_the_part_of_the_whole_on_other_grids(self, source: Source) -> None:
+    @in_both_ways
+    def test_part_is_the_part_of_the_whole_on_other_grids(
+        self, source: Source, resampling: Resampling
+    ) -> None:
         """Nor does it where pixels are resampled."""
         for grid in self._other_grids(source):
             rows, cols = grid.shape
-            whole = source.read(grid)
-            part = source.read(_part(grid, rows // 3, rows, 5, cols - 2))
+            whole = source.read(grid, resampling)
+            part = source.read(_part(grid, rows // 3, rows, 5, cols - 2), resampling)
             cut = (slice(rows // 3, rows), slice(5, cols - 2))
             seen = part.valid & whole.valid[cut]
             # Coordinates are found a little differently: a pixel may round the other way.
@@ -153,17 +176,33 @@ class SourceContract:
         assert not coarse.valid[~fine.valid.reshape(blocks).any(axis=(1, 3))].any()
         assert np.abs(coarse.pixels - mean)[:, whole].max(initial=0) <= 1
 
-    def test_copy_reads_the_same(self, source: Source) -> None:
+    def test_coarser_is_antialiased(self, source: Source) -> None:
+        """By bicubic resampling, a pixel of 4 x 4 native ones weighs the 16 x 16 around it."""
+        grid = self.grid_within(source)
+        rows, cols = grid.shape[0] // 4 * 4, grid.shape[1] // 4 * 4
+        fine = source.read(_part(grid, 0, rows, 0, cols), "cubic")
+        ground = grid.affine * Affine.translation(8, 8) * Affine.scale(4)
+        coarse = source.read(GeoBox((rows // 4 - 4, cols // 4 - 4), ground, grid.crs), "cubic")
+        down, across = _cubic_weights(coarse.valid.shape[0]), _cubic_weights(coarse.valid.shape[1])
+        seen = down @ fine.valid @ across.T
+        colour = down @ fine.pixels @ across.T / np.where(seen >= 0.5, seen, 1)
+        assert np.array_equal(coarse.valid, seen >= 0.5)
+        step = np.abs(coarse.pixels - np.clip(colour, 0, 255))
+        assert step[:, coarse.valid].max(initial=0) <= 1
+
+    @in_both_ways
+    def test_copy_reads_the_same(self, source: Source, resampling: Resampling) -> None:
         """Pickled, before or after reading, it reads the same."""
         grids = [self.grid_within(source), *self._other_grids(source)]
         unread = pickle.loads(pickle.dumps(source))
-        before = [source.read(grid) for grid in grids]
+        before = [source.read(grid, resampling) for grid in grids]
         for copy in (unread, pickle.loads(pickle.dumps(source))):
             assert copy.info == source.info
             for grid, image in zip(grids, before, strict=True):
-                _same(copy.read(grid), image)
+                _same(copy.read(grid, resampling), image)
 
-    def test_threads_read_what_one_reads(self, source: Source) -> None:
+    @in_both_ways
+    def test_threads_read_what_one_reads(self, source: Source, resampling: Resampling) -> None:
         """Eight threads get what one gets."""
         grid = self.grid_within(source)
         rows, cols = grid.shape
@@ -172,26 +211,45 @@ class SourceContract:
             for r in range(0, rows, 20)
             for c in range(0, cols, 20)
         ] + self._other_grids(source)
-        alone = [self.make_source().read(g) for g in grids]
+        alone = [self.make_source().read(g, resampling) for g in grids]
         with ThreadPoolExecutor(8) as pool:
-            together = list(pool.map(source.read, grids * 2))
+            together = list(pool.map(lambda g: source.read(g, resampling), grids * 2))
         for one, other in zip(alone * 2, together, strict=True):
             _same(one, other)
 
     def _other_grids(self, source: Source) -> list[GeoBox]:
-        """Shifted and finer, and in a metric CRS, of the size of ``grid_within``."""
+        """Shifted and finer, coarser, and in a metric CRS, over ``grid_within``."""
         grid = self.grid_within(source)
         shifted = grid.affine * Affine.translation(0.3, 0.6) * Affine.scale(0.7)
+        coarser = grid.affine * Affine.translation(0.8, -1.4) * Affine.scale(8 / 7)
         lon, lat = cell_lonlat(grid)
         middle = (grid.shape[0] // 2, grid.shape[1] // 2)
         crs = local_metric_crs(float(lon[middle]), float(lat[middle]))
         turned = grid.to_crs(crs)
-        return [GeoBox(grid.shape, shifted, grid.crs), turned]
+        return [
+            GeoBox(grid.shape, shifted, grid.crs),
+            GeoBox(grid.shape, coarser, grid.crs),
+            turned,
+        ]
 
 
 def _part(grid: GeoBox, row0: int, row1: int, col0: int, col1: int) -> GeoBox:
     affine = grid.affine * Affine.translation(col0, row0)
     return GeoBox((row1 - row0, col1 - col0), affine, grid.crs)
+
+
+def _cubic_weights(n: int) -> NDArray[np.float64]:
+    """Weights of 4 n + 16 pixels in n of four times their size, 8 px from the first one.
+
+    Bicubic kernel, a = -0.5: Keys, Cubic convolution interpolation (1981), eq. 15.
+    """
+    x = np.abs((np.arange(16) - 7.5) / 4)
+    taps = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2)
+    weights = np.zeros((n, 4 * n + 16))
+    for i in range(n):
+        # The first one's middle is 10 px from the first pixel's edge.
+        weights[i, 4 * i + 2 : 4 * i + 18] = taps / taps.sum()
+    return weights
 
 
 def _check(image: Image, grid: GeoBox) -> None:

@@ -108,7 +108,7 @@ def make_phrases(
     """Encode the captions of a data set's classes and the prompts of the bank once."""
 
     def encode(texts: list[str]) -> Tensor:
-        return torch.from_numpy(text.vectors(texts))
+        return torch.stack([torch.from_numpy(tokens) for tokens in text.tokens(texts)])
 
     table = audibility.tables[dataset]
     return Phrases(

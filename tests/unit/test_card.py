@@ -298,3 +298,53 @@ class TestReading:
         assert SPEC.describe_gsd() == "1-1.2 m and 7.03-10 m"
         one = replace(SPEC, gsd_m=((10.0, 10.0),))
         assert "10" in one.describe_gsd()
+
+
+BING = InputSpec(224, 16, 300, ((0.6, 0.6),), scales=(1, 3, 5))
+SENTINEL = InputSpec(224, 16, 256, ((10.0, 10.0),), scales=(1, 3, 5))
+
+
+class TestReadingResizedCrops:
+    """Models that were trained on crops of another size, resized to their window."""
+
+    @pytest.mark.parametrize(
+        ("spec", "native", "scale", "crop_m", "told"),
+        [
+            (SENTINEL, 10.0, 1, 2560.0, 10.0),
+            (SENTINEL, 10.0, 3, 7680.0, 30.0),
+            (SENTINEL, 10.0, 5, 12800.0, 50.0),
+            # A pixel on the ground is a little more or less than the map's: still the same crop.
+            (SENTINEL, 10.004, 1, 2561.024, 10.0),
+            (BING, 0.6, 1, 180.0, 0.6),
+            (BING, 0.25, 1, 180.0, 0.6),
+            (BING, 0.25, 5, 900.0, 3.0),
+            (BING, 0.75, 1, 180.0, 0.6),
+            (BING, 3.5, 5, 900.0, 3.0),
+        ],
+    )
+    def test_window_covers_the_ground_of_the_crop(
+        self, spec: InputSpec, native: float, scale: int, crop_m: float, told: float
+    ) -> None:
+        reading = spec.reading(native, scale=scale)
+        assert reading.gsd_m * spec.window_px == pytest.approx(crop_m)
+        assert reading.told_m == pytest.approx(told)
+        assert not reading.warning
+
+    @pytest.mark.parametrize(("scale", "told"), [(1, 0.6), (5, 3.0)])
+    def test_coarser_imagery_is_read_as_it_is(self, scale: int, told: float) -> None:
+        reading = BING.reading(10.0, scale=scale)
+        assert reading.gsd_m == 10.0
+        assert reading.told_m == pytest.approx(told)
+        assert "coarser" in reading.warning
+        assert "0.6 m" in reading.warning
+
+    def test_request(self) -> None:
+        reading = SENTINEL.reading(10.0, 20.0)
+        assert (reading.gsd_m, reading.told_m) == (20.0, 10.0)
+        assert "coarser" in reading.warning
+
+    @pytest.mark.parametrize("scale", [0, 2, 7, -1])
+    def test_other_scales(self, scale: int) -> None:
+        with pytest.raises(UsageError) as caught:
+            BING.reading(0.6, scale=scale)
+        assert "1, 3, 5" in one_line(caught)

@@ -113,7 +113,12 @@ def test_version(command: Command) -> None:
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """What `soundmap predict` would have run."""
     heard: list[Request] = []
-    monkeypatch.setattr("soundmap.api.run", lambda request, listener: heard.append(request))
+
+    def run(request: Request, listener: object) -> Request:
+        heard.append(request)
+        return request
+
+    monkeypatch.setattr("soundmap.api.run", run)
     return heard
 
 
@@ -127,7 +132,8 @@ def test_defaults(command: Command, requests: list[Request]) -> None:
 def test_every_option_arrives(command: Command, requests: list[Request]) -> None:
     words = (
         "predict --imagery s2.tif --bbox -9.25 38.69 -9.09 38.80 --region parks.gpkg:parks"
-        " --model models/own --concepts birdsong,wind --text bells --text frogs --value share"
+        " --model models/own --concepts birdsong,wind --text bells --text frogs"
+        " --audio rain=a.wav --value share --scale 3 --month 7 --hour 6 --precision int8"
         " --detail image --crs EPSG:3035 --resolution 250 --gsd 10 --bands 4,3,2 --rescale 0,3000"
         " --dtype uint8 --out map.zarr --overwrite --workers 3 --scheduler tcp://127.0.0.1:8786"
         " --quiet"
@@ -142,14 +148,19 @@ def test_every_option_arrives(command: Command, requests: list[Request]) -> None
         model="models/own",
         concepts="birdsong,wind",
         text=("bells", "frogs"),
+        audio=("rain=a.wav",),
         value="share",
         detail="image",
         crs="EPSG:3035",
         resolution=250.0,
         gsd=10.0,
+        scale=3,
+        month=7,
+        hour=6,
         bands=(4, 3, 2),
         rescale=(0.0, 3000.0),
         dtype="uint8",
+        precision="int8",
         overwrite=True,
         workers=3,
         scheduler="tcp://127.0.0.1:8786",

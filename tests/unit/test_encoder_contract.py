@@ -75,6 +75,18 @@ def tiny_local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def tiny_metadata(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Knows place, month and hour, and was trained on larger crops, of one tile and of three."""
+    folder = tmp_path_factory.mktemp("models") / "metadata"
+    write_tiny(folder, replace(TINY, metadata=("asource", "latlong", "month", "time")))
+    card = json.loads((folder / "model.json").read_text())
+    own = {"native_px": 40, "scales": [1, 3], "metadata": ["lonlat", "month", "hour"]}
+    card["input"] |= own | {"gsd_m": [[10, 10]]}
+    (folder / "model.json").write_text(json.dumps(card))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def bundled() -> Encoder:
     return load_encoder(DEFAULT_MODEL, device="cpu", precision="float32")
 
@@ -126,6 +138,15 @@ class TestTorchOfLocalPatches(EncoderContract):
 
     def test_card_says_how_far_a_patch_sees(self) -> None:
         assert self.make_encoder().spec.context_px == 7
+
+
+class TestTorchWithMetadata(EncoderContract):
+    @pytest.fixture(autouse=True)
+    def _folder(self, tiny_metadata: Path) -> None:
+        self.folder = tiny_metadata
+
+    def make_encoder(self) -> Encoder:
+        return load_encoder(str(self.folder), device="cpu", threads=2)
 
 
 class TestBundled(EncoderContract):
@@ -212,8 +233,8 @@ def test_bfloat16_is_near(tiny: Path) -> None:
 
 
 def test_unknown_precision(tiny: Path) -> None:
-    with pytest.raises(UsageError, match="neither auto, float32 nor bfloat16"):
-        TorchEncoder(read_card(tiny), "cpu", 1, "int8")
+    with pytest.raises(UsageError, match="none of auto, float32, bfloat16, int8"):
+        TorchEncoder(read_card(tiny), "cpu", 1, "float16")
 
 
 def test_unknown_words(tiny: Path) -> None:

@@ -38,6 +38,7 @@ LAYERS = {
             "layout",
             "pipeline",
             "runner",
+            "request",
             "api",
             "products",
             "train",
@@ -81,6 +82,16 @@ CONFINEMENTS = [
         what="torch",
         areas=frozenset({"nn", "encoder", "train", "products"}),
         packages=frozenset({"torch", "safetensors.torch"}),
+    ),
+    Confinement(
+        what="transformers",
+        areas=frozenset({"nn", "encoder", "train"}),
+        packages=frozenset({"transformers"}),
+    ),
+    Confinement(
+        what="sound files and the model hub",
+        areas=frozenset({"encoder"}),
+        packages=frozenset({"huggingface_hub", "soundfile"}),
     ),
     Confinement(
         what="Dask",

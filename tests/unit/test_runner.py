@@ -281,7 +281,7 @@ def test_a_worker_does_the_same(prepare: Prepare, monkeypatch: pytest.MonkeyPatc
     expected = here.here()
     run = prepare(fail_on={3})
     runner._encoder.cache_clear()
-    monkeypatch.setattr(runner, "load_encoder", lambda model, threads: run.encoder)
+    monkeypatch.setattr(runner, "load_encoder", lambda model, threads, precision: run.encoder)
     reports = [runner._run_on_worker(run.job, i, 1) for i in range(12)]
     runner._encoder.cache_clear()
     assert reports[2].status == Status.FAILED

@@ -125,6 +125,15 @@ class TestMosaicOfUnlikeRasters(OfRasters):
         assert np.mean(step > 1) < 0.1
         assert step.mean() < 0.7
 
+    def test_coarser_is_antialiased(self, source: Source) -> None:
+        """Nor do two lattices make one kernel where they meet."""
+        grid = self.grid_within(source)
+        fine, coarse = source.read(grid, "area"), source.read(grid.zoom_out(4), "cubic")
+        rows, cols = coarse.valid.shape
+        mean = fine.pixels.reshape(3, rows, 4, cols, 4).mean(axis=(2, 4))
+        whole = fine.valid.reshape(rows, 4, cols, 4).all(axis=(1, 3))
+        assert np.abs(coarse.pixels - mean)[:, whole & coarse.valid].mean() < 6
+
 
 class TestFake(SourceContract):
     def make_source(self) -> Source:

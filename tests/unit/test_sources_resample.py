@@ -13,10 +13,13 @@ from odc.geo.geobox import GeoBox
 
 from soundmap.grid import cell_lonlat
 from soundmap.sources import _resample
+from soundmap.sources.base import Resampling
 from soundmap.sources.fake import FakeSource
 
 UTM = "EPSG:32633"
 NATIVE = Affine(10, 0, 500000, 0, -10, 5500000)
+
+in_both_ways = pytest.mark.parametrize("resampling", ["area", "cubic"])
 
 
 def reference(
@@ -92,16 +95,19 @@ def test_other_grids_by_area_or_bilinear(
     agrees(image.pixels, image.valid, *reference(SCENE, HOLES, rows, cols))
 
 
-def test_large_requests_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@in_both_ways
+def test_large_requests_are_read_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, resampling: Resampling
+) -> None:
     grids = [
         GeoBox((7, 8), NATIVE * Affine.scale(5), UTM),
         GeoBox((30, 30), NATIVE * Affine.translation(-3.3, 2.2) * Affine.scale(1.7), UTM),
         SOURCE.info.native_grid.to_crs("EPSG:4326"),
     ]
-    before = [SOURCE.read(g) for g in grids]
+    before = [SOURCE.read(g, resampling) for g in grids]
     monkeypatch.setattr(_resample, "_MAX_SOURCE_PX", 200)
     for image, grid in zip(before, grids, strict=True):
-        pieces = SOURCE.read(grid)
+        pieces = SOURCE.read(grid, resampling)
         assert np.mean(pieces.valid != image.valid) < 0.005
         both = pieces.valid & image.valid
         step = pieces.pixels.astype(int) - image.pixels
@@ -147,18 +153,20 @@ PLACES = {
 }
 
 
+@in_both_ways
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("world", WORLDS)
-def test_places_over_the_dateline(world: str, place: str) -> None:
+def test_places_over_the_dateline(world: str, place: str, resampling: Resampling) -> None:
     grid = PLACES[place]
-    image = painted(world).read(grid)
+    image = painted(world).read(grid, resampling)
     assert image.valid.all()
     assert np.abs(image.pixels - globe(grid)).max() < 1.2
 
 
+@in_both_ways
 @pytest.mark.parametrize("world", ["-180..180", "0..360", "south-up"])
-def test_pole(world: str) -> None:
+def test_pole(world: str, resampling: Resampling) -> None:
     grid = GeoBox((100, 100), Affine(2e4, 0, 1e6, 0, -2e4, 3e6), "EPSG:32661")
-    image = painted(world).read(grid)
+    image = painted(world).read(grid, resampling)
     assert image.valid.mean() > 0.999, "only the pixel around the pole itself may be lost"
     assert np.abs(image.pixels - globe(grid))[:, image.valid].max() < 1.2

@@ -138,7 +138,7 @@ class Canvas:
         """Put what one raster came to by bicubic resampling, in however many pieces.
 
         Pieces of one raster add up to what it would be in one, for which shares may be negative or
-        above 1 until all are there. Between rasters, shares are shares again.
+        above 1 until all are there. Between rasters, shares are shares again. ``top`` is used up.
         """
         everywhere = slice(None), slice(None)
         if top._sums is None or top._shares is None:
@@ -148,6 +148,9 @@ class Canvas:
         sums = top._sums
         sums /= np.maximum(top._shares, 1)
         np.clip(sums, 0, 255 * shares, out=sums)
+        if self._sums is None and not self._valid.any():
+            self._sums, self._shares = sums, shares
+            return
         self.add_part(*everywhere, sums, shares)
 
     def image(self) -> Image:

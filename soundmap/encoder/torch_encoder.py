@@ -294,7 +294,8 @@ class TorchEncoder:
         x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
         x = x.contiguous(memory_format=torch.channels_last)
         gsd = torch.tensor([gsd_m], device=self.device)
-        model, codebook = self.model, self.model.codebook
+        model = self.model
+        codebook = model.image_codebook or model.codebook
         local = model.config.local_patches
         image = patches = None
         lower = self.precision == "bfloat16"

@@ -116,6 +116,9 @@ class _OneByOne(nn.Module):
         def cut(value: object, i: int) -> object:
             return value[i : i + 1] if isinstance(value, Tensor) and len(value) == len(x) else value
 
+        if len(x) == 1:
+            out: Tensor = self.part(x, *more)
+            return out
         return torch.cat(
             [self.part(x[i : i + 1], *(cut(v, i) for v in more)) for i in range(len(x))]
         )
@@ -129,13 +132,33 @@ class Int8Codebook(Codebook):
     """A codebook whose products have 8-bit codes; its float32 codes are the given codebook's own.
 
     For queries of images: without a mask, and without gradients.
+
+    Parameters
+    ----------
+    codebook
+        With float32 codes.
+    last
+        The linear map that makes the queries. It is worked into the codes: what is called queries
+        here is its input.
     """
 
-    def __init__(self, codebook: Codebook) -> None:
+    def __init__(self, codebook: Codebook, last: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.codes, self.scale = codebook.codes, codebook.scale
-        self._parts = [_Rounded(part) for part in self.codes.split(_CODES_AT_A_TIME)]
+        with torch.no_grad():
+            parts = self.codes.split(_CODES_AT_A_TIME)
+            shifts = [self.scale * (part @ last.bias) for part in parts]
+            self._parts = [
+                _Rounded(part @ last.weight, shift)
+                for part, shift in zip(parts, shifts, strict=True)
+            ]
         self._mixed = _Rounded(self.codes.T)
+
+    def logits(self, queries: Tensor) -> Tensor:
+        """Compare queries with codes: float32[..., N, D] to float32[..., N, K]."""
+        windows = queries.reshape(-1, *queries.shape[-2:])
+        out = torch.stack([torch.cat(self._logits(window), -1) for window in windows])
+        return out.view(*queries.shape[:-1], -1)
 
     def largest(self, queries: Tensor, mask: Tensor | None = None) -> Tensor:
         """Find each code's largest logit over a window's tokens: float32[B, N, D] to [B, K]."""
@@ -169,7 +192,7 @@ def quantise(model: SoundModel) -> None:
     ----------
     model
         With float32 weights, on a processor. Its blocks, projector, metadata fuser and image query
-        map are replaced, and `SoundModel.image_codebook` is set.
+        map are replaced, and `SoundModel.image_codebook` is set, which the queries are for.
 
     Raises
     ------
@@ -184,12 +207,15 @@ def quantise(model: SoundModel) -> None:
     if not is_available():
         raise UsageError("this build of PyTorch has no 8-bit convolutions (oneDNN): use float32")
     layers = [*model.vit.blocks, *(model.fuser.layers if model.fuser is not None else ())]
+    last = model.image_query[-1]
+    assert isinstance(last, nn.Linear)
+    model.image_query[-1] = nn.Identity()
     for part in (*layers, model.projector, model.image_query):
         _replace(part)
     _take_one_by_one(model.vit.blocks)
     if model.fuser is not None:
         _take_one_by_one(model.fuser.layers)
-    model.image_codebook = Int8Codebook(model.codebook)
+    model.image_codebook = Int8Codebook(model.codebook, last)
 
 
 def is_available() -> bool:

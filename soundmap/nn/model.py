@@ -55,6 +55,8 @@ class SoundModel(nn.Module):
     """
 
     audio: AudioSide | None
+    image_codebook: Codebook | None
+    """Set by `soundmap.nn.int8.quantise`: what images are compared with instead of `codebook`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -70,6 +72,7 @@ class SoundModel(nn.Module):
         self.codebook = Codebook(config.codes, config.dim, config.temperature)
         self.fuser = MetadataFuser(config.metadata, config.token_dim) if config.metadata else None
         self.logit_scale = nn.Parameter(torch.tensor(_START_SCALE))
+        self.image_codebook = None
         self.audio = None
         if config.audio:
             self.add_audio()
@@ -146,7 +149,8 @@ class SoundModel(nn.Module):
         self, pixels: Tensor, gsd_m: Tensor, metadata: Metadata | None = None
     ) -> Tensor:
         """Embed windows as wholes, as the paper does: unit vectors float[B, D]."""
-        return self.codebook.pool(self.queries(self.embed(pixels), gsd_m, metadata=metadata))
+        codebook = self.image_codebook or self.codebook
+        return codebook.pool(self.queries(self.embed(pixels), gsd_m, metadata=metadata))
 
     def encode_patches(
         self, pixels: Tensor, gsd_m: Tensor, metadata: Metadata | None = None
@@ -154,7 +158,8 @@ class SoundModel(nn.Module):
         """Embed every patch by itself: unit vectors float[B, N, D]."""
         grid = self.embed(pixels)
         queries = self.queries(grid, gsd_m, self.config.local_patches, metadata)
-        return self.codebook.each(queries[:, : grid.shape[-2] * grid.shape[-1]])
+        codebook = self.image_codebook or self.codebook
+        return codebook.each(queries[:, : grid.shape[-2] * grid.shape[-1]])
 
     def encode_text(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Embed texts from their token vectors: unit vectors float[B, D].

@@ -31,13 +31,12 @@ import numpy as np
 import torch
 from predict import make_raster
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from soundmap.api import Request, run
 from soundmap.encoder import find_model, load_encoder
 from soundmap.encoder.bank_files import PROMPTS_FILE, write_bank
 from soundmap.encoder.card import CARD_FILE, file_sha256
-from soundmap.nn.codebook import Codebook
 from soundmap.nn.int8 import quantise
 from soundmap.nn.metadata import FIELDS, Metadata, encode_hour, encode_latlong, encode_month
 from soundmap.nn.model import ModelConfig, SoundModel
@@ -52,33 +51,27 @@ GSD_M = 10.0
 Step = Callable[[], object]
 
 
-def draw(module: nn.Module) -> None:
-    """Fill weights as the stand-in of the published checkpoint does: scaled by what they add up."""
-    with torch.no_grad():
-        for name, weight in module.named_parameters():
-            rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            noise = torch.randn(weight.shape, generator=rng)
-            if name.endswith("logit_scale"):
-                noise = math.log(1 / 0.07) + 0.1 * noise
-            elif name.endswith("bias"):
-                noise *= 0.02
-            elif weight.ndim == 1:
-                noise = 1 + 0.02 * noise
-            elif not name.endswith(("codes", "source.weight")):
-                noise /= math.sqrt(math.prod(weight.shape[1:]))
-            weight.copy_(noise)
+def draw(name: str, shape: torch.Size) -> Tensor:
+    """Draw a weight as the stand-in of the published checkpoint is: scaled by what it adds up."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if name.endswith("logit_scale"):
+        return math.log(1 / 0.07) + 0.1 * noise
+    if name.endswith("bias"):
+        return 0.02 * noise
+    if len(shape) == 1:
+        return 1 + 0.02 * noise
+    if name.endswith(("codes", "source.weight")):
+        return noise
+    return noise / math.sqrt(math.prod(shape[1:]))
 
 
 def make_model(config: ModelConfig) -> SoundModel:
     with torch.device("meta"):
         model = SoundModel(config)
-    buffers = dict(model.named_buffers())
-    model.to_empty(device="cpu")
-    fresh = SoundModel(ModelConfig(ViTConfig(32, 16, 8, 1, 1), 4, 4, 4, 1.0, 4))
-    for name in buffers:
-        model.get_buffer(name).copy_(fresh.get_buffer(name))
-    draw(model)
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    weights = {name: draw(name, weight.shape) for name, weight in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    model.eval().requires_grad_(False)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def sample_windows(side: int) -> Tensor:
@@ -189,9 +182,7 @@ class Bench:
 
         def part(start: int, stop: int) -> Tensor:
             own = metadata and metadata.part(start, stop)
-            grid = model.embed(self.windows[start:stop])
-            queries = model.queries(grid, self.gsd_m, metadata=own)
-            return images_codebook(model).pool(queries)
+            return model.encode_image(self.windows[start:stop], self.gsd_m, own)
 
         return lambda: self.share(part)
 
@@ -317,7 +308,7 @@ class Bench:
                 started = time.perf_counter()
                 for i in range(windows):
                     encoder.encode_images(single[i % BATCH][None], details=("image",))
-                return windows / (time.perf_counter() - started)
+                return time.perf_counter() - started
 
             torch.set_num_threads(THREADS)
             one_by_one()
@@ -328,10 +319,10 @@ class Bench:
             wall = time.perf_counter() - started
             after = one_by_one()
         cells = (side_px // self.config.vit.patch_px) ** 2
-        value = cells / wall / statistics.mean((before, after))
+        value = (cells / wall) / (2 * windows / (before + after))
         extra = (
             f"{cells} cells in {wall:.1f} s, loading the model and all; "
-            f"alone {before:.2f}, {after:.2f} cells/s"
+            f"{windows} windows before in {before:.1f} s, after in {after:.1f} s"
         )
         return [Line("e  cells/s of predict over one window, one cell", value, 60, False, extra)]
 
@@ -367,10 +358,6 @@ class Bench:
             "patch.bias": none,
         }
         write_bank(folder, find_model(str(folder)).hash, arrays)
-
-
-def images_codebook(model: SoundModel) -> Codebook:
-    return getattr(model, "image_codebook", None) or model.codebook
 
 
 def main() -> None:

@@ -9,10 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from soundmap.encoder.hub import ENCODER_VARIABLE, text_encoder_folder
+from soundmap.encoder.repository import repository_folder
 from soundmap.errors import MissingExtra, ModelError, UsageError
 
+ENCODER_VARIABLE = "SOUNDMAP_TEXT_ENCODER"
 _MOST_TOKENS = 512
+# Not its weights as pickles, which the repository has as well.
+_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+)
 
 
 class FlanText:
@@ -82,7 +92,14 @@ class FlanText:
             raise MissingExtra("transformers", "sat2sound", "this model's text side") from error
         import torch
 
-        folder = text_encoder_folder(self.name)
+        folder = repository_folder(
+            self.name,
+            what="the text encoder",
+            extra="sat2sound",
+            files=_FILES,
+            whole=lambda held: all((held / file).exists() for file in _FILES[:3]),
+            advice=f"set {ENCODER_VARIABLE}=DIR; or give sounds as recordings, with --audio",
+        )
         logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -8,13 +8,9 @@ without a network is told so at once.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,21 +27,10 @@ from soundmap.encoder.card import (
     verify_files,
 )
 from soundmap.encoder.published import PUBLISHED, REPOSITORY, Published
+from soundmap.encoder.repository import TIMEOUT_S, quiet, reason
 from soundmap.errors import MissingExtra, ModelError, OutputError, SoundmapError, UsageError
 
 PAGE = f"https://huggingface.co/{REPOSITORY}"
-_TIMEOUT_S = 5.0
-_HTTP = ("httpx", "httpcore", "requests", "urllib3")
-ENCODER_VARIABLE = "SOUNDMAP_TEXT_ENCODER"
-# What a T5 encoder needs; not its weights as pickles, which the repository has as well.
-_TEXT_FILES = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "spiece.model",
-)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 State = Literal["bundled", "installed", "in a folder", "to be pulled", "damaged"]
@@ -160,55 +145,6 @@ def pull(name: str) -> tuple[ModelCard, bool]:
     return report.card, True
 
 
-def text_encoder_folder(name: str) -> Path:
-    """Find the files of a text encoder: in a folder, in the hub's cache, or at the hub.
-
-    Parameters
-    ----------
-    name
-        A folder, or a repository of the hub.
-
-    Raises
-    ------
-    ModelError
-        It is nowhere, or cannot be reached. The message says why, and how to bring it by hand.
-    MissingExtra
-        huggingface_hub is not installed.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        import huggingface_hub as hub
-    except ImportError as error:
-        raise MissingExtra("huggingface_hub", "sat2sound", "fetching a text encoder") from error
-    try:
-        with _quiet():
-            try:
-                held = hub.snapshot_download(
-                    name, allow_patterns=list(_TEXT_FILES), local_files_only=True
-                )
-                if all((Path(held) / file).exists() for file in _TEXT_FILES[:2]):
-                    return Path(held)
-            except hub.errors.LocalEntryNotFoundError:
-                pass
-            # Without patience, as for checkpoints.
-            timeout_s = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or _TIMEOUT_S)
-            hub.get_hf_file_metadata(hub.hf_hub_url(name, _TEXT_FILES[0]), timeout=timeout_s)
-            return Path(hub.snapshot_download(name, allow_patterns=list(_TEXT_FILES)))
-    except hub.errors.HFValidationError as error:
-        raise ModelError(
-            f"the text encoder {name} is not there: give the folder of one in {ENCODER_VARIABLE}, "
-            "or sounds as recordings, with --audio"
-        ) from error
-    except Exception as error:
-        raise ModelError(
-            f"the text encoder {name} is not on this machine and could not be fetched: "
-            f"{_reason(error, name)}. By hand: `hf download {name} --local-dir DIR` where there is "
-            f"a network, bring DIR here and set {ENCODER_VARIABLE}=DIR; or give sounds as "
-            "recordings, with --audio"
-        ) from error
-
-
 def _fetch(model: Published) -> Path:
     """Get a checkpoint from the hub or from the hub's cache, and check it."""
     try:
@@ -219,9 +155,9 @@ def _fetch(model: Published) -> Path:
 
     cached = hub.try_to_load_from_cache(REPOSITORY, model.file)
     cached = cached if isinstance(cached, str) else None
-    timeout_s = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or _TIMEOUT_S)
+    timeout_s = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or TIMEOUT_S)
     expected: str | None = None
-    with _quiet():
+    with quiet():
         try:
             # Asked for once and without patience. The download itself asks again, but would try
             # for half a minute before it says that there is no network.
@@ -251,18 +187,6 @@ def _fetch(model: Published) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the hub's library from warning of what is told in one line in the end."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _check_room(cache: Path, size: int) -> None:
     folder = next(parent for parent in (cache, *cache.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(folder).free
@@ -277,49 +201,7 @@ def _explain(model: Published, error: Exception) -> str:
     """Say why a checkpoint could not be fetched, and how to bring it by hand."""
     name = model.file.rpartition("/")[2]
     return (
-        f"{model.name} could not be fetched: {_reason(error, REPOSITORY)}. By hand: fetch "
+        f"{model.name} could not be fetched: {reason(error, REPOSITORY)}. By hand: fetch "
         f"{model.file} from {PAGE} on any machine, then `soundmap models convert {name} --out DIR` "
         "and --model DIR"
     )
-
-
-def _reason(error: Exception, repository: str) -> str:
-    from huggingface_hub import constants, errors
-
-    host = constants.ENDPOINT.partition("://")[2]
-    # The library wraps the cause in an error that only says that a file is missing.
-    cause = error
-    while isinstance(cause, errors.LocalEntryNotFoundError) and isinstance(
-        cause.__cause__, Exception
-    ):
-        cause = cause.__cause__
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        return "offline mode is on (HF_HUB_OFFLINE) and it is not in the cache"
-    if isinstance(cause, errors.GatedRepoError):
-        return f"{host} gives {repository} to approved accounts alone: ask there, `hf auth login`"
-    if isinstance(cause, errors.HfHubHTTPError):
-        status = cause.response.status_code
-        if status == 401:
-            return f"{host} has no {repository} for this account (HTTP 401): try `hf auth login`"
-        if isinstance(cause, errors.EntryNotFoundError):
-            return f"{repository} at {host} has no such file (HTTP {status})"
-        if status == 404:
-            return f"{host} has no repository {repository} (HTTP 404)"
-        return f"{host} answered with HTTP {status}"
-    # The library's own library for HTTP is another from its version 1 on: told by name.
-    kind = type(cause)
-    if kind.__module__.partition(".")[0] in _HTTP or isinstance(cause, ConnectionError):
-        if "Timeout" in kind.__name__:
-            return f"{host} did not answer in time"
-        reached = "Connect" not in kind.__name__
-        what = f"the connection to {host} broke" if reached else f"{host} cannot be reached"
-        return f"{what} ({_first_line(cause)})"
-    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-        return f"the disk of {constants.HF_HUB_CACHE} is full (HF_HOME chooses another place)"
-    if isinstance(cause, OSError) and "onsistency check" in str(cause):
-        return "it came in another size than the hub had announced: try again"
-    return _first_line(cause) or kind.__name__
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).strip().partition("\n")[0].split())

@@ -60,27 +60,14 @@ def windows() -> Tensor:
 GSD_M = torch.tensor([10.0])
 
 
-def queries(model: SoundModel, windows: Tensor, metadata: Metadata | None = None) -> Tensor:
-    with torch.inference_mode():
-        return model.queries(model.embed(windows), GSD_M, metadata=metadata)
-
-
 def image(model: SoundModel, windows: Tensor, metadata: Metadata | None = None) -> Tensor:
-    found = queries(model, windows, metadata)
     with torch.inference_mode():
-        return book_of(model).pool(found)
+        return model.encode_image(windows, GSD_M, metadata)
 
 
 def patches(model: SoundModel, windows: Tensor) -> Tensor:
-    found = queries(model, windows)
     with torch.inference_mode():
-        return book_of(model).each(found)
-
-
-def book_of(model: SoundModel) -> Codebook:
-    book = getattr(model, "image_codebook", None) or model.codebook
-    assert isinstance(book, Codebook)
-    return book
+        return model.encode_patches(windows, GSD_M)
 
 
 class TestRounding:

@@ -85,7 +85,7 @@ CONFINEMENTS = [
     ),
     Confinement(
         what="transformers",
-        areas=frozenset({"nn", "encoder", "train"}),
+        areas=frozenset({"nn", "encoder", "train", "products"}),
         packages=frozenset({"transformers"}),
     ),
     Confinement(

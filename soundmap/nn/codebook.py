@@ -15,7 +15,7 @@ from soundmap.nn.sparsemax import project_, sparsemax
 
 # Numbers held at a time where logits pass through: few enough for a processor's cache, enough
 # rows for a matrix product to be worth starting.
-_POOL_BLOCK = 1 << 19
+_POOL_BLOCK = 1 << 18
 _EACH_BLOCK = 1 << 22
 _LEAST_CODES = 256
 

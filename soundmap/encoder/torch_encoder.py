@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from soundmap.encoder.base import Encoding, check_conditions
 from soundmap.encoder.card import InputSpec, ModelCard, verify_files
 from soundmap.encoder.flan import FlanText
+from soundmap.encoder.memory import keep_freed_memory
 from soundmap.encoder.text import StaticText, TextTokens
 from soundmap.errors import MissingExtra, ModelError, UsageError
 from soundmap.nn.metadata import Metadata, encode_hour, encode_latlong, encode_month
@@ -148,6 +149,8 @@ class TorchEncoder:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.precision = self._choose_precision(precision)
         self._text = self._text_side(table)
         if self.precision == "int8":

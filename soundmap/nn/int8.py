@@ -4,9 +4,10 @@ Weights are rounded once, each output channel with its own scale. Activations ar
 way, each window with its own scale and offset, so that a window's numbers do not depend on what it
 is encoded together with. Norms, attention, GELU and sparsemax stay float32, as do text and audio.
 
-Products run as 1 x 1 convolutions, the fastest of PyTorch's 8-bit operators where a processor has
-no instructions made for them. It multiplies pairs into 16 bits there, so activations keep to
-7 bits: 2 x 127 x 127 is the most that fits.
+Where a processor has no instructions made for them, products run in a kernel of our own, see
+`int8_kernel`. Without it they run as 1 x 1 convolutions, the fastest of PyTorch's 8-bit operators.
+Both multiply pairs into 16 bits there, so activations keep to 7 bits: 2 x 127 x 127 is the most
+that fits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soundmap.errors import UsageError
+from soundmap.nn import int8_kernel
 from soundmap.nn.codebook import Codebook
 from soundmap.nn.model import SoundModel
 from soundmap.nn.sparsemax import project_
@@ -33,6 +35,9 @@ def _round(x: Tensor, spoil: bool = False) -> tuple[Tensor, float, int]:
 
     ``spoil``: whether ``x`` may be overwritten on the way.
     """
+    kernel = int8_kernel.load()
+    if kernel is not None and kernel.can_round(x):
+        return kernel.round(x)
     low, high = (float(end) for end in x.aminmax())
     low, high = min(low, 0.0), max(high, 0.0)
     # One step less than there is: the offset may be rounded up.
@@ -44,18 +49,34 @@ def _round(x: Tensor, spoil: bool = False) -> tuple[Tensor, float, int]:
     return scaled.to(torch.int8).view(torch.uint8), scale, offset
 
 
+def _activate(x: Tensor) -> tuple[Tensor, float, int]:
+    """Take the GELU of numbers, which are spoilt, and round: see `_round`."""
+    kernel = int8_kernel.load()
+    if kernel is not None and kernel.can_round(x):
+        return kernel.round(x, gelu=True)
+    return _round(torch.ops.aten.gelu_(x), spoil=True)
+
+
 class _Rounded:
     """A matrix float[out, in], rounded and packed."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         weight = weight.detach().float()
-        self.scale = weight.abs().amax(1).div_(_MAX)
+        kernel = int8_kernel.load()
+        self.kernel = kernel if kernel is not None and int8_kernel.fits(weight) else None
+        if self.kernel is not None:
+            self.scale = int8_kernel.group_scale(weight)
+        else:
+            self.scale = weight.abs().amax(1).div_(_MAX)
         self.scale[self.scale == 0] = 1
         rounded = (weight / self.scale[:, None]).round_().to(torch.int8)
-        self.zero = torch.zeros(len(weight), dtype=torch.int64)
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float().clone()
         # What an offset of one in all activations adds, in units of their scale.
         self.shift = rounded.sum(1, dtype=torch.int64).float().mul_(self.scale)
+        if self.kernel is not None:
+            self.packed = int8_kernel.pack(rounded)
+            return
+        self.zero = torch.zeros(len(weight), dtype=torch.int64)
         image = rounded[..., None, None].contiguous(memory_format=torch.channels_last)
         once, none = [1, 1], [0, 0]
         self.packed = torch.ops.onednn.qconv_prepack(
@@ -64,15 +85,26 @@ class _Rounded:
 
     def times(self, x: Tensor, scale: float, offset: int = 0) -> Tensor:
         """Map rounded activations uint8[T, in] to float32[T, out]."""
+        bias = self._bias(scale, offset)
+        if self.kernel is not None:
+            return self.kernel.multiply(x, self.packed, self.scale, bias, scale)
         once, none = [1, 1], [0, 0]
-        # The offset goes into the bias: the operator would pack the weights anew for it each time.
-        bias = torch.sub(self.bias, self.shift, alpha=scale * offset) if offset else self.bias
         image = x.view(1, len(x), 1, -1).permute(0, 3, 1, 2)
         out: Tensor = torch.ops.onednn.qconv2d_pointwise(
             *(image, scale, 0, self.packed, self.scale, self.zero, bias),
             *(once, none, once, 1, 1.0, 0, torch.float32, "none", [], "none"),
         )
         return out.permute(0, 2, 3, 1).view(len(x), -1)
+
+    def largest(self, x: Tensor, scale: float, offset: int = 0) -> Tensor:
+        """Find the largest of each column of what `times` gives: float32[out]."""
+        if self.kernel is None:
+            return self.times(x, scale, offset).amax(0)
+        return self.kernel.largest(x, self.packed, self.scale, self._bias(scale, offset), scale)
+
+    def _bias(self, scale: float, offset: int) -> Tensor:
+        # The offset goes into the bias: oneDNN would pack the weights anew for it each time.
+        return torch.sub(self.bias, self.shift, alpha=scale * offset) if offset else self.bias
 
 
 class Int8Linear(nn.Module):
@@ -90,7 +122,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Mlp(nn.Module):
-    """Two linear maps with 8-bit weights and an exact GELU between, which needs no memory."""
+    """Two linear maps with 8-bit weights and a GELU between, which needs no memory."""
 
     def __init__(self, mlp: Mlp) -> None:
         super().__init__()
@@ -99,8 +131,7 @@ class Int8Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens: float32[N, width] or float32[B, N, width] to the same."""
         if x.ndim == 2:
-            hidden = torch.ops.aten.gelu_(self.fc1(x))
-            return self.fc2.weights.times(*_round(hidden, spoil=True))
+            return self.fc2.weights.times(*_activate(self.fc1(x)))
         return _stacked([self(window) for window in x])
 
 
@@ -162,11 +193,12 @@ class Int8Codebook(Codebook):
     def largest(self, queries: Tensor, mask: Tensor | None = None) -> Tensor:
         """Find each code's largest logit over a window's tokens: float32[B, N, D] to [B, K]."""
         assert mask is None
-        out = queries.new_empty(len(queries), len(self.codes))
-        for window, row in zip(queries, out, strict=True):
-            for logits, part in zip(self._logits(window), row.split(_CODES_AT_A_TIME), strict=True):
-                torch.amax(logits, 0, out=part)
-        return out
+        rows = []
+        for window in queries:
+            rounded, scale, offset = _round(window.contiguous())
+            unit = scale * self.scale
+            rows.append(torch.cat([part.largest(rounded, unit, offset) for part in self._parts]))
+        return torch.stack(rows)
 
     def mix(self, logits: Tensor) -> Tensor:
         """Turn logits into weighted sums of codes: float32[..., K] to float32[..., D]."""
@@ -229,7 +261,8 @@ def quantise(model: SoundModel) -> None:
 def is_available() -> bool:
     """Tell whether this build of PyTorch can run 8-bit weights on this processor."""
     try:
-        linear, x = nn.Linear(16, 16), torch.linspace(-1, 1, 32).view(2, 16)
+        # Of a size that is left to PyTorch, whether or not there is a kernel of our own.
+        linear, x = nn.Linear(12, 12), torch.linspace(-1, 1, 24).view(2, 12)
         return bool(((Int8Linear(linear)(x) - linear(x)).abs() < 0.1).all())
     except (AttributeError, RuntimeError):
         return False

@@ -47,7 +47,7 @@ demo: $(VENV)/.installed
 	@echo 'Its picture: $(CURDIR)/demo/sample.png'
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""``soundmap evaluate``: how well a model tells land from sound, and how well a map agrees."""
+"""``soundmap evaluate``: how well a model tells land from sound, and how well a map agrees.
+
+The verb ``retrieval`` is in `soundmap.cli.evaluate_retrieval`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from soundmap.cli.evaluate_retrieval import evaluate_retrieval
 from soundmap.cli.options import data_option, model_option, wide_console
 
 if TYPE_CHECKING:
@@ -43,8 +47,20 @@ def command() -> None:
     help="Which part of the labelled images; neither was trained on.",
 )
 @click.option("--all", "show_all", is_flag=True, help="Print every concept, not the means alone.")
-def evaluate_model(data: str, model: str, split: str, show_all: bool) -> None:
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE|-",
+    help="Instead of tables, write all figures that a card states: those of the tables, "
+    "calibration, phrases, clips, altered scenes.",
+)
+def evaluate_model(
+    data: str, model: str, split: str, show_all: bool, json_file: str | None
+) -> None:
     """Judge a model on labelled images, labelled mosaics and the sample scene."""
+    if json_file:
+        _write_figures(model, Path(data), split, json_file)
+        return
     from rich.table import Table
 
     from soundmap.encoder import find_model, load_encoder
@@ -80,6 +96,23 @@ def evaluate_model(data: str, model: str, split: str, show_all: bool) -> None:
     for name, (cells, share) in areas.items():
         sample.add_row(name, f"{cells:,}", f"{share:.3f}")
     console.print(sample)
+
+
+command.add_command(evaluate_retrieval)
+
+
+def _write_figures(model: str, data: Path, split: str, target: str) -> None:
+    import json
+
+    from soundmap.products.figures import save
+    from soundmap.products.shows import show_figures
+
+    text = json.dumps(show_figures(model, data, split), indent=1, ensure_ascii=False)
+    if target == "-":
+        click.echo(text)
+        return
+    save(text + "\n", target)
+    click.echo(f"Wrote {target}")
 
 
 _MAP_EPILOG = """\b
@@ -160,7 +193,8 @@ def evaluate_map(
     places.
     """
     from soundmap.products.evaluate_map import evaluate_map as judge
-    from soundmap.products.evaluate_map import save, to_csv, to_json
+    from soundmap.products.evaluate_map import to_csv, to_json
+    from soundmap.products.figures import save
     from soundmap.products.reference import Question
 
     if json_file == csv_file == "-":

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -38,28 +39,47 @@ _PIECE_SAMPLES = 1 << 20
 _LARGEST = 2.0**32
 
 
-def read_clip(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """Read a sound file whole.
+class SilentClip(InputError):
+    """A sound file holds nothing but zeros."""
+
+
+def read_clip(
+    path: str | os.PathLike[str] | BinaryIO, longest_s: float | None = None
+) -> NDArray[np.float32]:
+    """Read a sound file whole, or its beginning.
 
     Parameters
     ----------
     path
-        Anything that libsndfile opens: WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and others.
+        Anything that libsndfile opens: WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and others; by
+        name, or as an open binary file.
+    longest_s
+        Seconds to read at most; None: all. Of a file that is cut, the part that is read alone is
+        looked at for faults.
 
     Returns
     -------
     ndarray
         float32[n], mono (mean of the channels) at 32 kHz, samples as in the file: -1 to 1 is full
-        scale. Never cut; see `read_segments` for recordings too long to hold.
+        scale. See `read_segments` for recordings too long to hold.
 
     Raises
     ------
+    SilentClip
+        All samples are zero.
     InputError
         The file is missing, is no sound, holds none, or holds numbers that are no sound.
     MissingExtra
         soundfile is not installed.
     """
-    return np.concatenate(list(_blocks(path)))
+    if longest_s is None:
+        return np.concatenate(list(_blocks(path)))
+    length = max(1, round(longest_s * SAMPLE_RATE))
+    blocks = islice(_blocks(path), -(-length // CLIP_SAMPLES))
+    wave = np.concatenate(list(blocks))[:length]
+    if not wave.any():
+        raise SilentClip(f"{_named(path)} is silent in its first {longest_s:g} s")
+    return wave
 
 
 def read_segments(path: str | os.PathLike[str]) -> Iterator[NDArray[np.float32]]:
@@ -113,11 +133,16 @@ def segments(wave: NDArray[np.float32]) -> NDArray[np.float32]:
     return padded.reshape(count, CLIP_SAMPLES)
 
 
-def _blocks(path: str | os.PathLike[str]) -> Iterator[NDArray[np.float32]]:
+def _named(path: str | os.PathLike[str] | BinaryIO) -> Path:
+    """Name a file in messages."""
+    return Path(path) if isinstance(path, str | os.PathLike) else Path("the sound")
+
+
+def _blocks(source: str | os.PathLike[str] | BinaryIO) -> Iterator[NDArray[np.float32]]:
     """Read mono at 32 kHz in blocks of ten seconds, the last one shorter, none of them empty."""
-    path = Path(path)
+    path = _named(source)
     heard = False
-    with _open(path) as file:
+    with _open(path, source) as file:
         rate = file.samplerate
         # Resampling looks a few samples to either side. A second is a whole number of samples at
         # both rates, so blocks that overlap by seconds join without a seam.
@@ -139,23 +164,27 @@ def _blocks(path: str | os.PathLike[str]) -> Iterator[NDArray[np.float32]]:
     if not len(held):
         raise InputError(f"{path} holds no sound, its length is zero: record or export it again")
     if not heard:
-        raise InputError(
+        raise SilentClip(
             f"{path} is silent, all of its samples are zero: give one with sound in it"
         )
 
 
-def _open(path: Path) -> SoundFile:
+def _open(path: Path, source: str | os.PathLike[str] | BinaryIO) -> SoundFile:
     try:
         import soundfile
     except (ImportError, OSError) as error:  # OSError: the package is there, its C library is not
         raise MissingExtra("soundfile", "sat2sound", "reading sound files") from error
-    if not path.exists():
+    if not isinstance(source, str | os.PathLike):
+        path_or_file: Path | BinaryIO = source
+    elif not path.exists():
         raise InputError(f"{path} does not exist: check the name of the sound file")
-    if not path.is_file():
+    elif path.is_file():
+        path_or_file = path
+    else:
         what = "a folder" if path.is_dir() else "not a regular file"
         raise InputError(f"{path} is {what}: name a sound file")
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(path_or_file)
     # TypeError: from its name the file is raw samples without a header.
     except (soundfile.SoundFileError, TypeError, OSError) as error:
         raise InputError(

@@ -122,6 +122,21 @@ class Encoder(Protocol):
         """
         ...
 
+    def encode_mel(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Encode log-mel spectrograms of ten seconds: float32[B, D], unit vectors.
+
+        Parameters
+        ----------
+        mel
+            float32[B, 1, 1001, 64], decibels, as `soundmap.nn.mel.log_mel` makes them; B may be 0.
+
+        Raises
+        ------
+        UsageError
+            The model has no tower for sound, or the shape is another.
+        """
+        ...
+
 
 def check_conditions(
     spec: InputSpec,

@@ -64,7 +64,7 @@ class FlanText:
         for text in texts:
             if not text.strip():
                 raise UsageError("the text is empty: give a phrase")
-        tokenizer, model = self._load()
+        tokenizer, model = self.load()
         result = []
         with torch.inference_mode():
             for text in texts:
@@ -78,7 +78,16 @@ class FlanText:
                 result.append(states.float().numpy())
         return result
 
-    def _load(self) -> tuple[Any, Any]:
+    def load(self) -> tuple[Any, Any]:
+        """Read tokeniser and encoder, once; torch modules of transformers, without gradients.
+
+        Raises
+        ------
+        ModelError
+            The files cannot be had, are damaged, or are of another model.
+        MissingExtra
+            The library that runs it is not installed.
+        """
         with self._lock:
             if self._loaded is None:
                 self._loaded = self._read()

@@ -23,6 +23,7 @@ from soundmap.encoder.flan import FlanText
 from soundmap.encoder.memory import keep_freed_memory
 from soundmap.encoder.text import StaticText, TextTokens
 from soundmap.errors import MissingExtra, ModelError, UsageError
+from soundmap.nn.audio_small import AudioConfig
 from soundmap.nn.metadata import Metadata, encode_hour, encode_latlong, encode_month
 from soundmap.nn.model import ModelConfig, SoundModel
 from soundmap.nn.vit import ViTConfig
@@ -35,6 +36,8 @@ _SOUND_PARTS = ("audio.", "scales.")
 PRECISIONS = ("float32", "bfloat16", "int8")
 # Few enough that activations stay near one core, many enough that operators are worth starting.
 _PASS_PX = 32 * 64 * 64
+# Spectrograms in one pass.
+_PASS_CLIPS = 16
 # Largest change of a probability that the lower precision may cause.
 _MAX_CHANGE = 0.01
 
@@ -53,6 +56,10 @@ def model_config(architecture: dict[str, Any]) -> ModelConfig:
         vit["stem"] = tuple(vit.get("stem", ()))
         vit["stem_strides"] = tuple(vit.get("stem_strides", ()))
         values["metadata"] = tuple(values.get("metadata", ()))
+        if values.get("audio_tower") is not None:
+            tower = dict(values["audio_tower"])
+            tower["stem"] = tuple(tower["stem"])
+            values["audio_tower"] = AudioConfig(**tower)
         return ModelConfig(vit=ViTConfig(**vit), **values)
     except (KeyError, TypeError) as error:
         raise ModelError(f"the model's card states an unknown architecture: {error}") from error
@@ -358,11 +365,7 @@ class TorchEncoder:
         MissingExtra
             A library that this needs is not installed.
         """
-        if not self.config.audio:
-            raise UsageError(
-                f"the model {self.card.name} knows images and text, not sound: describe the sound "
-                "with --text, or use a model with an audio tower"
-            )
+        self._check_hears()
         from soundmap.encoder.audio import read_segments
         from soundmap.nn.mel import log_mel
 
@@ -376,6 +379,40 @@ class TorchEncoder:
                 total += self.model.encode_audio(mel.to(self.device))[0].float().cpu()
             row[:] = nn.functional.normalize(total, dim=0).numpy()
         return result
+
+    @torch.inference_mode()
+    def encode_mel(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Encode log-mel spectrograms of ten seconds: float32[B, D], unit vectors.
+
+        Parameters
+        ----------
+        mel
+            float32[B, 1, 1001, 64], decibels, as `soundmap.nn.mel.log_mel` makes them; B may be 0.
+
+        Raises
+        ------
+        UsageError
+            The model has no tower for sound, or the shape is another.
+        MissingExtra
+            A library that this needs is not installed.
+        """
+        self._check_hears()
+        if mel.ndim != 4 or mel.shape[1:] != (1, 1001, 64):
+            raise UsageError(f"spectrograms must be [B, 1, 1001, 64], not {list(mel.shape)}")
+        self._load_audio()
+        result = np.empty((len(mel), self.dim), np.float32)
+        for start in range(0, len(mel), _PASS_CLIPS):
+            part = torch.from_numpy(np.ascontiguousarray(mel[start : start + _PASS_CLIPS]))
+            found = self.model.encode_audio(part.float().to(self.device))
+            result[start : start + _PASS_CLIPS] = found.float().cpu().numpy()
+        return result
+
+    def _check_hears(self) -> None:
+        if not self.config.audio:
+            raise UsageError(
+                f"the model {self.card.name} knows images and text, not sound: describe the sound "
+                "with --text, or use a model with an audio tower"
+            )
 
     def _load_audio(self) -> None:
         with self._lock:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from soundmap.nn.audio_small import AudioConfig, SmallAudioSide
 from soundmap.nn.codebook import Codebook, QueryMap
 from soundmap.nn.metadata import Metadata, MetadataFuser
 from soundmap.nn.vit import ViT, ViTConfig
@@ -40,6 +41,8 @@ class ModelConfig:
     """Fields that are fused with the image, a part of `soundmap.nn.metadata.FIELDS`; or none."""
     audio: bool = False
     """Whether there is a tower for sound."""
+    audio_tower: AudioConfig | None = None
+    """Size of a small tower for sound; None: the published one."""
 
 
 _START_SCALE = math.log(1 / 0.07)
@@ -54,7 +57,7 @@ class SoundModel(nn.Module):
     Embeddings are unit vectors; their dot product is the similarity of a place and a sound.
     """
 
-    audio: AudioSide | None
+    audio: AudioSide | SmallAudioSide | None
     image_codebook: Codebook | None
     """Set by `soundmap.nn.int8.quantise`: what images are compared with instead of `codebook`."""
 
@@ -84,11 +87,20 @@ class SoundModel(nn.Module):
     def add_audio(self) -> None:
         """Give the model its audio side, with fresh weights.
 
-        It is large and needs a library of its own: who only encodes images leaves it out.
-        """
-        from soundmap.nn.audio import AudioSide
+        The published one is large and needs a library of its own: who only encodes images leaves
+        it out.
 
-        self.audio = AudioSide(self.config.dim)
+        Raises
+        ------
+        ImportError
+            It is the published one, and transformers is not installed.
+        """
+        if self.config.audio_tower is not None:
+            self.audio = SmallAudioSide(self.config.audio_tower, self.config.dim)
+        else:
+            from soundmap.nn.audio import AudioSide
+
+            self.audio = AudioSide(self.config.dim)
         self.scales = nn.ParameterDict(
             {name: nn.Parameter(torch.tensor(_START_SCALE)) for name in OTHER_SCALES}
         )

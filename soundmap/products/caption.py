@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from soundmap.errors import InputError, ModelError, SoundmapError, UsageError
 from soundmap.grid import pixel_lonlat
 from soundmap.products.caption_model import DEFAULT_VLM, PRECISIONS, QUESTION, Captioner
+from soundmap.products.caption_parquet import HeldPictures, held_pictures
 from soundmap.products.caption_table import (
     PARQUET,
     Caption,
@@ -262,6 +264,14 @@ def _label(path: str, out: Path) -> str:
 
 def _listed(table: Path, crop: int | None) -> list[_Item]:
     """Take the pictures of a table, each once, by the names that they have there."""
+    if table.suffix.lower() in PARQUET:
+        require_parquet()
+        held = held_pictures(table)
+        if held is not None:
+            return [
+                _Item(name, partial(_read_held, held, group, row, crop))
+                for name, group, row in held.names()
+            ]
     items: dict[str, _Item] = {}
     for number, name in enumerate(_column(table), 1):
         # A picture's name may be relative to the table.
@@ -279,7 +289,6 @@ def _listed(table: Path, crop: int | None) -> list[_Item]:
 
 def _column(table: Path) -> list[str]:
     if table.suffix.lower() in PARQUET:
-        require_parquet()
         import pandas as pd
 
         try:
@@ -288,11 +297,6 @@ def _column(table: Path) -> list[str]:
             raise InputError(f"{table}: no Parquet table ({_one_line(error)})") from error
         columns = [str(name) for name in frame.columns]
         names = frame["image"].tolist() if "image" in columns else []
-        if any(isinstance(name, dict | bytes) for name in names):
-            raise InputError(
-                f"{table}: its column 'image' holds the images themselves: save them as files and "
-                "give their names"
-            )
         # What is missing comes as None or as a number that is not one.
         found = [name if isinstance(name, str) else "" for name in names]
     else:
@@ -314,7 +318,11 @@ def _refuse(reason: str) -> None:
     raise InputError(reason)
 
 
-def _read_picture(path: Path, crop: int | None) -> Image.Image:
+def _read_held(held: HeldPictures, group: int, row: int, crop: int | None) -> Image.Image:
+    return _read_picture(held.read(group, row), crop)
+
+
+def _read_picture(path: Path | BytesIO, crop: int | None) -> Image.Image:
     """Read a picture, as RGB, and cut its middle out.
 
     Raises
@@ -322,7 +330,7 @@ def _read_picture(path: Path, crop: int | None) -> Image.Image:
     InputError
         It cannot be read, is not of 8 bits, or is smaller than the crop.
     """
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         raise InputError("no such file")
     try:
         with Image.open(path) as opened:

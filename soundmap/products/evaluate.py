@@ -39,6 +39,7 @@ from soundmap.products.retrieval import (
     retrieval,
     top_tenth,
 )
+from soundmap.products.scores import area_and_precision
 from soundmap.scoring import ConceptBank, score
 from soundmap.sources.sample import scene_layout
 
@@ -107,11 +108,8 @@ def auc(scores: NDArray[np.floating], truth: NDArray[np.bool_]) -> float:
     truth
         bool[N], both kinds present.
     """
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    positive = int(truth.sum())
-    above = ranks[truth].sum() - positive * (positive + 1) / 2
-    return float(above / (positive * (len(truth) - positive)))
+    once = np.ones((1, len(scores)))
+    return float(area_and_precision(np.asarray(scores, np.float64), truth, once)[0][0])
 
 
 def concept_scores(

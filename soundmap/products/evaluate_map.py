@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
 from soundmap import __version__
-from soundmap.errors import InputError, OutputError, UsageError
+from soundmap.errors import InputError, UsageError
+from soundmap.products.figures import missing, without_nan
 from soundmap.products.places import PlaceValues, values_at
 from soundmap.products.reference import (
     Question,
@@ -424,7 +424,7 @@ def _lonlat_text(shapes: NDArray[np.object_], crs: pyproj.CRS) -> str:
 def to_json(score: MapScore) -> str:
     """Write a score as JSON; what there is no number for is null."""
     facts = {**asdict(score), "software": f"soundmap {__version__}"}
-    return json.dumps(_without_nan(facts), indent=2, ensure_ascii=False)
+    return json.dumps(without_nan(facts), indent=2, ensure_ascii=False)
 
 
 def to_csv(score: MapScore) -> str:
@@ -440,28 +440,7 @@ def to_csv(score: MapScore) -> str:
             held: Estimate | None = getattr(one, key)
             if held is not None:
                 row |= {key: held.value, f"{key}_low": held.low, f"{key}_high": held.high}
-        writer.writerow({name: "" if _missing(item) else item for name, item in row.items()})
+        writer.writerow({name: "" if missing(item) else item for name, item in row.items()})
     for concept, why in score.skipped.items():
         writer.writerow({"concept": concept, "skipped": why})
     return file.getvalue()
-
-
-def save(text: str, path: str | Path) -> None:
-    """Write a text to a file; OutputError where that fails."""
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"{path}: cannot be written ({reason}): choose another file") from error
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(one) for one in value]
-    return None if _missing(value) else value

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Audibility:
     """Data set -> class -> {"captions": [...], "audible": {concept: reason}}."""
     sample_areas: dict[str, tuple[str, ...]]
     """Area of the sample scene -> EuroSAT classes that it shows."""
+    clips: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Class of clips -> {"captions": [...], "concepts": [...]}: what it is a recording of."""
 
     def classes(self, dataset: str) -> tuple[str, ...]:
         """Name the classes of a data set, in table order."""
@@ -57,6 +59,20 @@ class Audibility:
             for entry in self.tables[dataset].values()
         ]
         return np.array(rows, dtype=bool)
+
+    def clip_matrix(self) -> NDArray[np.bool_]:
+        """Tell what clips are recordings of: bool[classes of clips, concepts]."""
+        rows = [[c in clip["concepts"] for c in self.concepts] for clip in self.clips.values()]
+        return np.array(rows, dtype=bool).reshape(len(self.clips), len(self.concepts))
+
+    def audible_clips(self, dataset: str) -> dict[str, tuple[str, ...]]:
+        """Tell which classes of clips are audible in which class: they share a concept."""
+        shared = self.matrix(dataset).astype(int) @ self.clip_matrix().astype(int).T > 0
+        names = tuple(self.clips)
+        return {
+            place: tuple(name for name, heard in zip(names, row, strict=True) if heard)
+            for place, row in zip(self.classes(dataset), shared, strict=True)
+        }
 
     def area_matrix(self, area: str) -> NDArray[np.bool_]:
         """Tell what is audible in an area of the sample scene: bool[concepts]."""
@@ -82,8 +98,16 @@ def load_audibility(model_dir: Path, concepts: tuple[str, ...]) -> Audibility:
                     f"audibility.json: {dataset} class {name} lists {sorted(unknown)}, which the "
                     "concept bank does not have: add them to concepts.json or correct the names"
                 )
+    clips = {name: clip for part in data.get("clips", {}).values() for name, clip in part.items()}
+    for name, clip in clips.items():
+        unknown = set(clip["concepts"]) - set(concepts)
+        if unknown:
+            raise InputError(
+                f"audibility.json: clips of {name} list {sorted(unknown)}, which the concept bank "
+                "does not have: add them to concepts.json or correct the names"
+            )
     areas = {area: tuple(classes) for area, classes in data["sample_areas"].items()}
-    return Audibility(concepts, data["classes"], areas)
+    return Audibility(concepts, data["classes"], areas, clips)
 
 
 def _rows(index: Path) -> list[dict[str, str]]:

@@ -145,6 +145,30 @@ def nearest(queries: Floats, gallery: Floats, k: int) -> NDArray[np.int64]:
     UsageError
         The two are not of one width D, or hold a vector without direction.
     """
+    found = np.empty((len(queries), min(k, len(gallery))), np.int64)
+    for rows, similarity in similarities(queries, gallery):
+        found[rows] = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return found
+
+
+def similarities(queries: Floats, gallery: Floats) -> Iterator[tuple[slice, Floats]]:
+    """Compare queries with a gallery, some queries at a time.
+
+    Parameters
+    ----------
+    queries, gallery
+        float[Q, D] and float[N, D], of any length above 0.
+
+    Yields
+    ------
+    tuple
+        Which queries, and their cosines float[q, N]; equal gallery items have equal ones.
+
+    Raises
+    ------
+    UsageError
+        The two are not of one width D, or hold a vector without direction.
+    """
     items = _Gallery(_unit(gallery, "gallery"))
     queries = _unit(queries, "queries")
     if queries.shape[1] != items.width:
@@ -152,10 +176,8 @@ def nearest(queries: Floats, gallery: Floats, k: int) -> NDArray[np.int64]:
             f"queries of {queries.shape[1]} and a gallery of {items.width} numbers an item "
             "are not of one model"
         )
-    found = np.empty((len(queries), min(k, len(items.distinct))), np.int64)
     for rows, similarity in items.compare(queries):
-        found[rows] = np.argsort(-similarity[:, items.distinct], axis=1, kind="stable")[:, :k]
-    return found
+        yield rows, similarity[:, items.distinct]
 
 
 def retrieval(

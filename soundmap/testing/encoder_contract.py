@@ -236,6 +236,22 @@ class EncoderContract:
         likeness = vectors @ vectors.T - np.eye(len(clips))
         assert likeness.max() < 1 - 1e-4, "all sounds are alike to it"
 
+    def test_spectrograms_are_unit_vectors(self, encoder: Encoder) -> None:
+        """Stored spectrograms become vectors of the same space, whatever their batch."""
+        mel = np.random.default_rng(2).uniform(-80, 20, (3, 1, 1001, 64)).astype(np.float32)
+        if not self.clips:
+            with pytest.raises(UsageError) as caught:
+                encoder.encode_mel(mel)
+            _one_line(caught)
+            return
+        vectors = encoder.encode_mel(mel)
+        _check(vectors, (3, encoder.dim))
+        self._same(encoder.encode_mel(mel[1:]), vectors[1:])
+        assert encoder.encode_mel(mel[:0]).shape == (0, encoder.dim)
+        with pytest.raises(UsageError) as caught:
+            encoder.encode_mel(mel[:, 0])
+        _one_line(caught)
+
     def test_context_is_what_the_card_says(self, encoder: Encoder) -> None:
         """A patch that needs few pixels around it is the same in windows of any place and size."""
         spec = encoder.spec

@@ -171,6 +171,16 @@ class FakeEncoder:
         """
         raise UsageError("the fake encoder has no tower for sound")
 
+    def encode_mel(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Refuse, as `encode_audio` does.
+
+        Raises
+        ------
+        UsageError
+            Always.
+        """
+        raise UsageError("the fake encoder has no tower for sound")
+
     def encode_text(self, texts: list[str]) -> NDArray[np.float32]:
         """Encode texts: float32[N, D], unit vectors; case and spaces do not count.
 

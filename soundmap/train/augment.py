@@ -47,20 +47,47 @@ def turn(pixels: Tensor, rng: torch.Generator) -> Tensor:
     return out
 
 
-def recolour(pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """Vary light as sensors and seasons do: gain, contrast, saturation, colour cast, haze."""
+def recolour(pixels: Tensor, rng: torch.Generator, strength: float = 1.0) -> Tensor:
+    """Vary light as sensors, seasons and weather do.
+
+    Gain, contrast, saturation and colour cast; bands that run into each other, as leaves do that
+    turn brown or grass that dries; a curve of brightness; and haze, a veil of light grey.
+
+    Parameters
+    ----------
+    pixels
+        float32[B, 3, H, W] in 0..255.
+    rng
+        Where chance comes from.
+    strength
+        Multiplies all but the haze.
+
+    Returns
+    -------
+    Tensor
+        The same in other light, within 0..255.
+    """
 
     def spread(amount: float, channels: int = 1) -> Tensor:
         shape = (len(pixels), channels, 1, 1)
-        return (torch.rand(shape, generator=rng) * 2 - 1) * amount
+        return (torch.rand(shape, generator=rng) * 2 - 1) * (amount * strength)
 
-    grey = pixels.mean(1, keepdim=True)
-    out = grey + (pixels - grey) * (1 + spread(0.2))
-    mean = out.mean((2, 3), keepdim=True)
-    out = mean + (out - mean) * (1 + spread(0.2))
-    out = out * (1 + spread(0.15)) * (1 + spread(0.04, 3))
-    haze = torch.rand((len(pixels), 1, 1, 1), generator=rng).pow(3) * 0.25
-    out = out * (1 - haze) + 190 * haze
+    mean = pixels.mean((2, 3), keepdim=True)
+    # One matrix does it all: saturation keeps part of the grey, bands leak into each other.
+    saturation = 1 + spread(0.25)[:, 0, 0]
+    grey = torch.full((3, 3), 1 / 3)
+    leak = torch.randn((len(pixels), 3, 3), generator=rng) * (0.05 * strength)
+    leak = leak - leak.mean(2, keepdim=True)
+    matrix = saturation[..., None] * (torch.eye(3) - grey) + grey + leak
+    gain = (1 + spread(0.15))[:, 0] * (1 + spread(0.06, 3))[..., 0]
+    contrast = (1 + spread(0.25))[:, 0]
+    matrix = matrix * gain
+    # Contrast is about the image's own mean: matrix (mean + contrast (x - mean)).
+    offset = (matrix @ mean[..., 0]) * (1 - contrast) + spread(6.0, 3)[..., 0]
+    veil = torch.rand((len(pixels), 1, 1), generator=rng).pow(2) * 0.35
+    colour = 190 + spread(25.0)[..., 0] + spread(12.0, 3)[..., 0]
+    matrix, offset = matrix * contrast * (1 - veil), offset * (1 - veil) + colour * veil
+    out = torch.baddbmm(offset, matrix, pixels.flatten(2)).view_as(pixels)
     return out.clamp_(0, 255)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import platform
+import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +20,32 @@ from safetensors.torch import save_file
 
 from soundmap.concepts import concept_vectors
 from soundmap.encoder.bank_files import PROMPTS_FILE, read_bank, read_concepts, write_bank
-from soundmap.encoder.card import CARD_FILE, file_sha256, read_card
+from soundmap.encoder.card import CARD_FILE, file_sha256, models_root, read_card
 from soundmap.encoder.text import StaticText
 from soundmap.encoder.torch_encoder import TEXT_TABLE, TOKENIZER_FILE, WEIGHTS_FILE, TorchEncoder
+from soundmap.errors import InputError
+from soundmap.nn.audio_small import AudioConfig
 from soundmap.nn.model import ModelConfig, SoundModel
 from soundmap.nn.vit import ViTConfig
+from soundmap.products.audibility import FILE as TABLE_FILE
 from soundmap.products.evaluate import as_windows, evaluate_windows
+from soundmap.products.free_text import FILE as FREE_TEXT_FILE
 from soundmap.products.labelled import (
-    EUROSAT_GSD_M,
-    UCM_GSD_M,
     Audibility,
     LabelledImages,
     load_audibility,
     load_eurosat,
     load_ucmerced,
 )
+from soundmap.products.shows import show_figures
 from soundmap.scoring import score
 from soundmap.train.calibrate import calibrate
-from soundmap.train.loop import Diet, TrainConfig, fit, make_phrases
-from soundmap.train.text_vectors import SENTENCE_MODEL, distil
+from soundmap.train.card_texts import DATA, LIMITS
+from soundmap.train.clips import ClipSet, load_clips
+from soundmap.train.feed import Clips, Crops, Diet
+from soundmap.train.loop import Phase, Spent, TrainConfig, fit
+from soundmap.train.phrases import clip_phrases, make_phrases
+from soundmap.train.text_vectors import distil
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +59,9 @@ SMALL = ModelConfig(
         width=128,
         depth=2,
         heads=4,
-        mlp_ratio=3.0,
-        stem=(24, 48, 64, 128, 128),
-        stem_strides=(2, 2, 1, 2, 1),
+        mlp_ratio=2.0,
+        stem=(24, 48, 64, 64, 128, 128),
+        stem_strides=(2, 2, 1, 1, 2, 1),
     ),
     token_dim=128,
     dim=128,
@@ -59,7 +69,35 @@ SMALL = ModelConfig(
     temperature=20.0,
     text_dim=256,
     local_patches=True,
+    audio=True,
+    audio_tower=AudioConfig(),
 )
+
+# Side of the window -> sides of the crop, and how often. At 10 m: whole pixels mostly, which cost
+# nothing to resize; finer by up to 1.4, coarser up to 20 m. At 0.3 m: mostly 1 to 1.2 m, where the
+# card has maps read; from 0.3 to 2.4 m else.
+EUROSAT_CROPS: dict[int, Crops] = {
+    64: ((64, 64, 0.6), (45, 63, 0.4)),
+    48: ((48, 48, 0.6), (36, 64, 0.4)),
+    40: ((40, 40, 0.6), (30, 64, 0.4)),
+    32: ((32, 32, 0.4), (40, 64, 0.6)),
+}
+UCMERCED_CROPS: dict[int, Crops] = {
+    64: ((214, 256, 0.75), (64, 214, 0.25)),
+    48: ((160, 192, 0.5), (192, 256, 0.25), (48, 160, 0.25)),
+    40: ((133, 160, 0.5), (160, 256, 0.25), (40, 133, 0.25)),
+    32: ((107, 128, 0.4), (128, 256, 0.6)),
+}
+_SMALL_WINDOWS = ((40, 0.6), (48, 0.25), (32, 0.15))
+_ALL_WINDOWS = ((64, 0.2), (48, 0.4), (40, 0.25), (32, 0.15))
+_LARGE_WINDOWS = ((64, 0.7), (48, 0.3))
+
+PHASES = (
+    Phase(7000, 3e-3, warmup=150, windows=_SMALL_WINDOWS, stem_only=True),
+    Phase(4000, 1.5e-3, warmup=150, windows=_ALL_WINDOWS),
+    Phase(400, 5e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True),
+)
+"""Small windows are seen faster, so more of them in the same time; maps are made of large ones."""
 
 
 @dataclass(frozen=True)
@@ -67,49 +105,161 @@ class Recipe:
     """How the bundled model is made."""
 
     model: ModelConfig = SMALL
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(PHASES))
     eurosat_batch: int = 52
-    eurosat_crop_px: tuple[int, int] = (45, 64)
     ucmerced_batch: int = 14
-    ucmerced_crop_px: tuple[int, int] = (214, 256)
+    clip_pairs: int = 10
+    other_clips: int = 6
 
-    def gsd_m(self) -> list[list[float]]:
-        """Ranges of metres per pixel that the crops span, finest first."""
-        window = self.model.vit.window_px
-        pairs = ((UCM_GSD_M, self.ucmerced_crop_px), (EUROSAT_GSD_M, self.eurosat_crop_px))
-        return [[round(gsd * px / window, 2) for px in crop] for gsd, crop in pairs]
+    @classmethod
+    def read(cls, table: Mapping[str, Any]) -> Recipe:
+        """Read a recipe from the table of a model.toml.
+
+        Parameters
+        ----------
+        table
+            Any of ``seed``, ``threads``, ``save_every``, ``weight_decay``, ``clip_norm``,
+            ``average``, ``eurosat_batch``, ``ucmerced_batch``, ``clip_pairs``, ``other_clips``; and
+            ``steps``, one number for each phase. ``recipe``, its name, is passed over.
+
+        Raises
+        ------
+        InputError
+            A key is unknown, or its value is of another kind.
+        """
+        own = {f.name for f in fields(cls)} - {"model", "train"}
+        training = {f.name for f in fields(TrainConfig)} - {"phases", "shares"}
+        recipe = cls()
+        for key, value in table.items():
+            if key == "recipe":
+                continue
+            if key == "steps":
+                recipe = replace(recipe, train=_with_steps(recipe.train, value))
+                continue
+            place: Any = recipe if key in own else recipe.train
+            if key not in own | training:
+                near = difflib.get_close_matches(key, sorted(own | training | {"steps"}), 1)
+                hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+                raise InputError(f"the recipe has no setting {key!r}: {hint}")
+            kind = type(getattr(place, key))
+            if isinstance(value, bool) or not isinstance(value, int | kind):
+                raise InputError(f"{key} = {value!r} of the recipe is no {kind.__name__}")
+            changed = replace(place, **{key: kind(value)})
+            recipe = changed if key in own else replace(recipe, train=changed)
+        return recipe
+
+
+def _with_steps(train: TrainConfig, steps: Any) -> TrainConfig:
+    count = len(train.phases)
+    fits = isinstance(steps, list) and len(steps) == count
+    if not fits or not all(isinstance(n, int) and n > 0 for n in steps):
+        raise InputError(f"steps = {steps!r} of the recipe: give {count} numbers, one a phase")
+    phases = [replace(p, steps=n) for p, n in zip(train.phases, steps, strict=True)]
+    return replace(train, phases=tuple(phases))
+
+
+GSD_M = [[1.0, 1.2], [1.2, 2.4], [7.0, 10.0], [10.0, 20.0]]
+"""Ranges of metres per pixel that maps are read at, finest first. The model has also seen 0.3 to 1
+m, but a window of it shows too little of a place."""
+
+
+NAME = "soundmap-small"
+COMMAND = (
+    "soundmap train --data examples/training/places.toml --model examples/training/small.toml "
+    "--out runs/small"
+)
 
 
 def make_model(data: Path, folder: Path, work: Path, recipe: Recipe | None = None) -> None:
-    """Train the bundled model and write its folder.
+    """Train the bundled model and write its folder, or go on with a run that was stopped.
 
     Parameters
     ----------
     data
-        Folder that holds ``eurosat_rgb/`` and ``ucmerced_jpg/``.
+        Folder that holds ``eurosat_rgb/``, ``ucmerced_jpg/`` and ``audio/``.
     folder
-        Model folder; must hold ``concepts.json`` and ``audibility.json``, the rest is written.
+        Model folder. Its ``concepts.json``, ``audibility.json`` and ``free_text.json`` are read,
+        those of the bundled model where it has none; the rest is written.
     work
-        Folder for checkpoints and the log.
+        Folder for the checkpoint and the log.
+    recipe
+        How to train; by default as the bundled model was.
+
+    Raises
+    ------
+    InputError
+        Data or tables are missing, or ``work`` holds a run of other settings.
+    MissingExtra
+        The extra ``train`` is not installed.
     """
     recipe = recipe or Recipe()
     work.mkdir(parents=True, exist_ok=True)
+    _take_tables(folder)
     concepts = read_concepts(folder / PROMPTS_FILE)
     audibility = load_audibility(folder, tuple(c.name for c in concepts))
-    table = distil(folder / TOKENIZER_FILE, recipe.model.text_dim)
+    table = _token_vectors(folder, work, recipe.model.text_dim)
     text = StaticText.load(folder / TOKENIZER_FILE, table)
-    train_sets = _load(data, "train", audibility)
-    diets = [
-        Diet(train_sets[0], recipe.eurosat_batch, recipe.eurosat_crop_px),
-        Diet(train_sets[1], recipe.ucmerced_batch, recipe.ucmerced_crop_px),
-    ]
     prompts = [list(c.prompts) for c in concepts]
-    phrases = [make_phrases(text, audibility, prompts, d.data.name) for d in diets]
-    started = time.monotonic()
-    model = fit(recipe.model, recipe.train, diets, phrases, work)
-    minutes = (time.monotonic() - started) / 60
-    write_model(folder, model, table, recipe, minutes)
+    diets = make_diets(_load(data, "train", audibility), recipe, text, audibility, prompts)
+    clips = make_clips(load_clips(data, tuple(audibility.clips)), recipe, text, audibility, prompts)
+    model, spent = fit(recipe.model, recipe.train, diets, clips, work)
+    write_model(folder, model, table, recipe, spent)
     finish_model(folder, _load(data, "val", audibility))
+    judge_model(folder, data)
+
+
+def _take_tables(folder: Path) -> None:
+    """Copy what a model is made from, but for the weights, from the bundled one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (PROMPTS_FILE, TABLE_FILE, FREE_TEXT_FILE):
+        if not (folder / name).exists():
+            shutil.copyfile(models_root() / NAME / name, folder / name)
+
+
+def make_diets(
+    sets: list[LabelledImages],
+    recipe: Recipe,
+    text: StaticText,
+    audibility: Audibility,
+    prompts: list[list[str]],
+) -> list[Diet]:
+    """Say how EuroSAT and UC Merced are fed."""
+    ways = (
+        (recipe.eurosat_batch, EUROSAT_CROPS),
+        (recipe.ucmerced_batch, UCMERCED_CROPS),
+    )
+    return [
+        Diet(data, batch, crops, make_phrases(text, audibility, prompts, data.name))
+        for data, (batch, crops) in zip(sets, ways, strict=True)
+    ]
+
+
+def make_clips(
+    clips: ClipSet,
+    recipe: Recipe,
+    text: StaticText,
+    audibility: Audibility,
+    prompts: list[list[str]],
+) -> Clips:
+    """Say how clips are fed, and where they are audible."""
+    heard = {}
+    for dataset in audibility.tables:
+        audible = audibility.audible_clips(dataset)
+        rows = [[c in audible[place] for c in clips.classes] for place in audible]
+        heard[dataset] = torch.tensor(rows)
+    phrases = clip_phrases(text, audibility, prompts)
+    return Clips(clips, phrases, heard, recipe.clip_pairs, recipe.other_clips)
+
+
+def _token_vectors(folder: Path, work: Path, dims: int) -> NDArray[np.float16]:
+    """Token vectors of the text side; those of a run that was stopped are taken up again."""
+    kept, tokenizer = work / "tokens.npy", folder / TOKENIZER_FILE
+    if kept.exists() and tokenizer.exists():
+        table: NDArray[np.float16] = np.load(kept)
+        return table
+    table = distil(tokenizer, dims)
+    np.save(kept, table)
+    return table
 
 
 def _load(data: Path, split: str, audibility: Audibility) -> list[LabelledImages]:
@@ -124,7 +274,7 @@ def write_model(
     model: SoundModel,
     table: NDArray[np.float16],
     recipe: Recipe,
-    minutes: float,
+    spent: Spent,
 ) -> None:
     """Write weights and card, as yet without a bank or figures."""
     state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
@@ -132,59 +282,42 @@ def write_model(
     save_file(state, str(folder / WEIGHTS_FILE))
     vit = recipe.model.vit
     card: dict[str, Any] = {
-        "name": folder.name,
-        "summary": "Small image-text model of soundscapes for satellite and aerial imagery: "
-        "convolutional stem, transformer blocks, shared codebook, static token vectors.",
+        "name": NAME,
+        "summary": "Small image-text-sound model of soundscapes for satellite and aerial imagery: "
+        "convolutional stems and transformer blocks for image and sound, shared codebook, static "
+        "token vectors.",
         "licence": "Apache-2.0",
         "architecture": asdict(recipe.model),
         "input": {
             "window_px": vit.window_px,
             "patch_px": vit.patch_px,
             "native_px": vit.window_px,
-            "gsd_m": recipe.gsd_m(),
+            "gsd_m": GSD_M,
             "context_px": vit.stem_reach_px if recipe.model.local_patches else None,
             "fill_rgb": list(EUROSAT_MEAN_RGB),
             "bands": "red, green, blue as uint8, as in a true-colour picture",
         },
         "training": {
-            "command": f"soundmap train --data DATA --out models/{folder.name} --work WORK",
+            "command": COMMAND,
+            "seed": recipe.train.seed,
             "settings": asdict(recipe),
-            "minutes": round(minutes, 1),
+            "minutes": round(spent.wall_s / 60, 1),
+            "cpu_minutes": round(spent.cpu_s / 60, 1),
+            "when": time.strftime("%Y-%m-%d", time.gmtime()),
             "hardware": f"{recipe.train.threads} CPU thread, {platform.machine()}; "
             f"torch {torch.__version__}",
-            "objective": "images against one caption per class (InfoNCE) and one phrase per "
-            "concept (sigmoid), for whole windows and for single patches, with patchwork "
-            "consistency; class heads on the tokens during training alone",
+            "objective": "four embeddings over one codebook (image, sound, caption of the sound, "
+            "caption of the place): image with caption of the sound, sound with its caption, image "
+            "with sound, image with both, image with its own caption, where all that is audible in "
+            "a class counts as its match; one phrase per concept (sigmoid) for images and sounds; "
+            "the same for single patches, with patchwork consistency between different light; "
+            "class heads during training alone; the convolutions first learn alone",
+            "augmentation": "turns and mirrors; gain, contrast, saturation, colour cast, mixed "
+            "bands (season), haze; 0.3 to 20 m per pixel, the true one told; clips: stretches, "
+            "mixing within a class and with the forest day, tilt and shift along frequency, masks",
         },
-        "data": [
-            {
-                "name": "EuroSAT RGB, split `train` (by 1-degree cell)",
-                "use": "training; `val` for calibration",
-                "licence": "MIT; contains modified Copernicus Sentinel data",
-                "cite": "Helber et al. 2019",
-            },
-            {
-                "name": "UC Merced Land Use, split `train`, every eighth image held out as `val`",
-                "use": "training; `val` for calibration",
-                "licence": "public domain (USGS National Map Urban Area Imagery)",
-                "cite": "Yang and Newsam 2010",
-            },
-            {
-                "name": f"token vectors distilled from {SENTENCE_MODEL} with model2vec",
-                "use": "text side, frozen",
-                "licence": "Apache-2.0",
-                "cite": "Reimers and Gurevych 2019",
-            },
-            {
-                "name": "captions, prompts and the table of what is audible where",
-                "use": "training and calibration; written for this project, a judgement and not "
-                "a measurement",
-                "licence": "Apache-2.0",
-            },
-        ],
-        "limits": "Hears nothing: it was trained on written expectations of what each land-cover "
-        "class sounds like, not on recordings. Europe at 10 m and US cities at 0.3 m, by day, "
-        "without snow or cloud. Other places, sensors and resolutions are extrapolation.",
+        "data": DATA,
+        "limits": LIMITS,
         "files": {},
     }
     _write_card(folder, card)
@@ -223,6 +356,14 @@ def finish_model(folder: Path, held_out: list[LabelledImages]) -> None:
     }
     data["precision"] = {"bfloat16_max_probability_change": bfloat16_change(folder, held_out)}
     _write_card(folder, data)
+
+
+def judge_model(folder: Path, data: Path) -> None:
+    """Put all figures on the ``test`` split, and how altered scenes fare, into the card."""
+    figures = show_figures(str(folder), data)
+    card = dict(read_card(folder).data)
+    card["figures_test"] = {**figures, "command": "soundmap evaluate model --data DATA --json -"}
+    _write_card(folder, card)
 
 
 def bfloat16_change(folder: Path, held_out: list[LabelledImages]) -> float:

@@ -1,4 +1,4 @@
-"""The training loop of the bundled model: images against captions and phrases of what one hears."""
+"""The training loop of the bundled model: phase after phase, and on from where it was stopped."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from soundmap.encoder.text import StaticText
+from soundmap.errors import InputError
 from soundmap.nn.model import ModelConfig, SoundModel
-from soundmap.products.labelled import Audibility, LabelledImages
-from soundmap.train.augment import crop_resize, hide, patchwork, recolour, turn
-from soundmap.train.losses import agreement_loss, caption_loss, phrase_loss, spread_loss
+from soundmap.train.feed import Clips, Diet, draw_batch, rows_of, step_rng
+from soundmap.train.terms import STEM_WEIGHTS, WEIGHTS, Heads, Shares, stem_terms, step_terms
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.pt"
+_LARGEST_SCALE = math.log(50.0)
 
 
 @dataclass(frozen=True)
@@ -33,283 +34,286 @@ class Phase:
     steps: int
     learning_rate: float
     warmup: int
+    windows: tuple[tuple[int, float], ...]
+    """Side of the window and how often: small windows are seen faster."""
+    stem_only: bool = False
+    """Whether the convolutions learn alone, from class labels."""
     fixed_norms: bool = False
     """Whether batch norms use their running statistics, as the finished model does."""
-    seed_offset: int = 0
+    batch_factor: int = 1
+    """Multiplies the batches."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train; the card keeps it."""
 
-    phases: tuple[Phase, ...] = (
-        Phase(2400, 2e-3, warmup=150),
-        Phase(900, 1.2e-3, warmup=50, fixed_norms=True, seed_offset=1),
-        Phase(900, 1.0e-3, warmup=50, fixed_norms=True, seed_offset=2),
-    )
+    phases: tuple[Phase, ...]
     seed: int = 56
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     average: float = 0.998
     """Decay of the running mean of the weights; the mean is what is kept."""
-    patchwork_share: float = 0.25
-    """Part of each batch that is also seen as patchwork."""
+    shares: Shares = field(default_factory=Shares)
     threads: int = 1
-    save_every: int = 250
+    save_every: int = 200
 
 
 @dataclass(frozen=True)
-class Diet:
-    """How one data set is fed: how many per step, and what crops stand for the window."""
+class Spent:
+    """What training took, over all of its runs."""
 
-    data: LabelledImages
-    batch: int
-    crop_px: tuple[int, int]
-    """Smallest and largest side of the crop; the GSD told to the model follows from it."""
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    """Of this process, on all of its threads: less than the wall's on a machine that others use."""
 
-
-@dataclass(frozen=True)
-class Phrases:
-    """Captions and prompts as token vectors, to draw from."""
-
-    captions: list[Tensor]
-    """Per class: float32[n, 1, text_dim]."""
-    prompts: list[Tensor]
-    """Per concept: float32[n, 1, text_dim]."""
-    audible: Tensor
-    """float32[classes, C]."""
-
-    def draw_captions(self, rng: torch.Generator) -> Tensor:
-        """Draw a caption of each class; a quarter are made of prompts of audible concepts."""
-        rows = []
-        for label, written in enumerate(self.captions):
-            if torch.rand((), generator=rng) < 0.75:
-                rows.append(_pick(written, rng))
-                continue
-            concepts = torch.nonzero(self.audible[label])[:, 0]
-            chosen = concepts[torch.randperm(len(concepts), generator=rng)[:3]]
-            rows.append(
-                torch.stack([_pick(self.prompts[int(c)], rng) for c in chosen.tolist()]).mean(0)
-            )
-        return torch.stack(rows)
-
-    def draw_prompts(self, rng: torch.Generator) -> Tensor:
-        """Draw a prompt of each concept: float32[C, 1, text_dim]."""
-        return torch.stack([_pick(p, rng) for p in self.prompts])
+    def since(self, start: Spent) -> Spent:
+        """Add what a run has taken that began at ``start``, from `now`."""
+        here = now()
+        return Spent(
+            self.wall_s + here.wall_s - start.wall_s, self.cpu_s + here.cpu_s - start.cpu_s
+        )
 
 
-def _pick(options: Tensor, rng: torch.Generator) -> Tensor:
-    return options[int(torch.randint(0, len(options), (), generator=rng))]
+def now() -> Spent:
+    """Read the clocks."""
+    return Spent(time.monotonic(), time.process_time())
 
 
-def make_phrases(
-    text: StaticText, audibility: Audibility, prompts: list[list[str]], dataset: str
-) -> Phrases:
-    """Encode the captions of a data set's classes and the prompts of the bank once."""
+@dataclass
+class _Run:
+    """What learns, and how far it has come."""
 
-    def encode(texts: list[str]) -> Tensor:
-        return torch.stack([torch.from_numpy(tokens) for tokens in text.tokens(texts)])
-
-    table = audibility.tables[dataset]
-    return Phrases(
-        [encode(entry["captions"]) for entry in table.values()],
-        [encode(p) for p in prompts],
-        torch.from_numpy(audibility.matrix(dataset)).float(),
-    )
-
-
-def _batches(count: int, batch: int, rng: torch.Generator) -> Iterator[Tensor]:
-    while True:
-        order = torch.randperm(count, generator=rng)
-        for start in range(0, count - batch + 1, batch):
-            yield order[start : start + batch]
-
-
-class _Heads(nn.Module):
-    """Scales, offsets and class heads of the losses; they shape training and are then dropped.
-
-    The class heads give the image tower a straight path to the labels while the codebook is still
-    finding its codes.
-    """
-
-    def __init__(self, dim: int, classes: dict[str, int]) -> None:
-        super().__init__()
-        self.classes = nn.ModuleDict({name: nn.Linear(dim, n) for name, n in classes.items()})
-        self.phrase_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.phrase_bias = nn.Parameter(torch.tensor(-4.0))
-
-
-def _learning_rate(step: int, phase: Phase) -> float:
-    if step < phase.warmup:
-        return phase.learning_rate * (step + 1) / phase.warmup
-    done = (step - phase.warmup) / max(1, phase.steps - phase.warmup)
-    return phase.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def step_loss(
-    model: SoundModel,
-    heads: _Heads,
-    diet: Diet,
-    rows: Tensor,
-    phrases: Phrases,
-    config: TrainConfig,
-    rng: torch.Generator,
-) -> dict[str, Tensor]:
-    """Compute the loss terms of one data set's part of a batch."""
-    window, patch = model.config.vit.window_px, model.config.vit.patch_px
-    low, high = diet.crop_px
-    crop = int(torch.randint(low, high + 1, (), generator=rng))
-    pixels = torch.from_numpy(diet.data.pixels[rows.numpy()])
-    labels = torch.from_numpy(diet.data.labels[rows.numpy()])
-    pixels = recolour(turn(crop_resize(pixels, crop, window, rng), rng), rng)
-    gsd = torch.tensor([diet.data.gsd_m * crop / window])
-
-    def tokens(x: Tensor) -> Tensor:
-        return model.embed(x.contiguous(memory_format=torch.channels_last))
-
-    captions = model.encode_text(phrases.draw_captions(rng))
-    prompts = model.encode_text(phrases.draw_prompts(rng))
-    audible = phrases.audible[labels]
-    scale, p_scale, p_bias = model.logit_scale.exp(), heads.phrase_scale.exp(), heads.phrase_bias
-    head = heads.classes[diet.data.name]
-
-    grid = tokens(hide(pixels, 0.08, rng))
-    whole = model.queries(grid, gsd)
-    logits = model.codebook.logits(whole)
-    image = model.codebook.combine(logits.amax(-2))
-
-    local = model.config.local_patches
-    single = model.queries(grid, gsd, local) if local else whole
-    patches = model.codebook.each(single)
-    every = labels[:, None].expand(-1, patches.shape[1])
-
-    mixed = max(2, int(len(rows) * config.patchwork_share))
-    quilt = patchwork(pixels[:mixed], patch, rng)
-    piece_queries = model.queries(tokens(quilt.pixels), gsd, local)
-    pieces = model.codebook.each(piece_queries)
-    origin = labels[:mixed][quilt.image]
-    return {
-        "caption": caption_loss(image, captions, labels, scale),
-        "phrase": phrase_loss(image, prompts, audible, p_scale, p_bias),
-        "patch": caption_loss(patches, captions, every, scale)
-        + caption_loss(pieces, captions, origin, scale),
-        "patch_phrase": phrase_loss(patches, prompts, audible[:, None], p_scale, p_bias)
-        + phrase_loss(pieces, prompts, phrases.audible[origin], p_scale, p_bias),
-        "label": F.cross_entropy(head(whole.mean(1)), labels)
-        + F.cross_entropy(head(single.mean(1)), labels)
-        + 0.5 * F.cross_entropy(head(piece_queries).flatten(0, 1), origin.flatten()),
-        "agree": agreement_loss(pieces, patches[:mixed][quilt.image, quilt.patch].detach()),
-        "spread": spread_loss(logits).mean(),
-    }
-
-
-WEIGHTS = {
-    "caption": 1.0,
-    "phrase": 2.0,
-    "patch": 0.25,
-    "patch_phrase": 0.5,
-    "label": 1.0,
-    "agree": 0.25,
-    "spread": 0.02,
-}
+    model: SoundModel
+    mean: SoundModel
+    heads: Heads
+    phase: int
+    step: int
+    before: Spent
+    """What earlier runs took."""
+    began: Spent
+    """The clocks when this one began."""
+    optimiser: torch.optim.Optimizer | None = None
 
 
 def fit(
     model_config: ModelConfig,
     config: TrainConfig,
     diets: list[Diet],
-    phrases: list[Phrases],
+    clips: Clips | None,
     out: Path,
-) -> SoundModel:
-    """Train a model, phase after phase.
+    probe: Callable[[SoundModel], dict[str, float]] | None = None,
+) -> tuple[SoundModel, Spent]:
+    """Train a model, or go on with a run that was stopped.
 
-    First with batch norms on each batch's own statistics; each batch is of one data set, so these
-    differ from the mixture that the finished model sees. Then, from the running mean of the
-    weights, with the norms fixed to that mixture, so that the rest of the network settles on it.
+    A phase starts from the running mean of the weights of the one before. Each step's batch and
+    all other chance follow from the seed and its number, so a run that was stopped and taken up
+    again ends with the same weights as one that was not.
 
     Parameters
     ----------
     model_config, config
         Architecture, and how to train.
-    diets, phrases
-        Data sets and their captions, in the same order.
+    diets, clips
+        What to train on; None: no recordings.
     out
-        Folder for ``weights.safetensors`` (every ``save_every`` steps) and ``log.jsonl``.
+        Folder for the checkpoint (every ``save_every`` steps), ``weights.safetensors`` and
+        ``log.jsonl``. A checkpoint there is gone on from.
+    probe
+        Called with the running mean of the weights at the end of every phase; what it returns is
+        logged.
 
     Returns
     -------
-    SoundModel
-        With the running mean of the weights.
+    tuple
+        The model with the running mean of the weights, and what training took.
+
+    Raises
+    ------
+    InputError
+        The checkpoint was made with other settings. Phases that had not begun may differ, and more
+        may follow.
     """
-    torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
-    model = SoundModel(model_config)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with (out / "log.jsonl").open("w", encoding="utf-8") as journal:
-        journal.write(json.dumps({"model": asdict(model_config), "train": asdict(config)}) + "\n")
-        for phase in config.phases:
-            model = run_phase(model, phase, config, diets, phrases, out, journal)
-    return model.eval()
+    told = json.loads(json.dumps({"model": asdict(model_config), "train": asdict(config)}))
+    run = _start(model_config, config, diets, clips, out / CHECKPOINT, told)
+    with (out / "log.jsonl").open("a", encoding="utf-8") as journal:
+
+        def note(row: Mapping[str, Any]) -> None:
+            journal.write(json.dumps(row) + "\n")
+            journal.flush()
+            log.info("%s", row)
+
+        if run.phase == run.step == 0:
+            note(told)
+        while run.phase < len(config.phases):
+            _run_phase(run, config, diets, clips, note, out, told)
+            if probe is not None:
+                training = run.mean.training
+                note({"phase": run.phase, **probe(run.mean.eval())})
+                run.mean.train(training)
+            run.model.load_state_dict(run.mean.state_dict())
+            run.phase, run.step, run.optimiser = run.phase + 1, 0, None
+            _save(run, out / CHECKPOINT, told)
+        save_weights(run.mean, out / "weights.safetensors")
+    return run.mean.eval(), run.before.since(run.began)
 
 
-def run_phase(
-    model: SoundModel,
-    phase: Phase,
+def _start(
+    model_config: ModelConfig,
     config: TrainConfig,
     diets: list[Diet],
-    phrases: list[Phrases],
-    out: Path,
-    journal: TextIO,
-) -> SoundModel:
-    """Train for one phase, with a fresh optimiser and fresh heads; return the running mean."""
-    rng = torch.Generator().manual_seed(config.seed + phase.seed_offset)
-    heads = _Heads(model.config.dim, {d.data.name: len(d.data.classes) for d in diets})
-    mean = copy.deepcopy(model)
-    parameters = [*model.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(
+    clips: Clips | None,
+    path: Path,
+    told: Mapping[str, Any],
+) -> _Run:
+    torch.manual_seed(config.seed)
+    model = SoundModel(model_config)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    heads = Heads(
+        model_config.dim,
+        model_config.vit.width,
+        {d.data.name: len(d.data.classes) for d in diets},
+        len(clips.clips.classes) if clips is not None else 0,
+    )
+    run = _Run(model, copy.deepcopy(model), heads, 0, 0, Spent(), now())
+    if not path.exists():
+        return run
+    state = torch.load(path, weights_only=True)
+    if not _goes_on(json.loads(state["told"]), told, state["phase"]):
+        raise InputError(
+            f"{path} was made with other settings: give another folder with --work, or remove it"
+        )
+    for part in ("model", "mean", "heads"):
+        getattr(run, part).load_state_dict(state[part])
+    run.phase, run.step, run.before = state["phase"], state["step"], Spent(*state["spent"])
+    if state["optimiser"] is not None:
+        run.optimiser = _optimiser(run, config)
+        run.optimiser.load_state_dict(state["optimiser"])
+    log.info("going on from step %d of phase %d", run.step, run.phase + 1)
+    return run
+
+
+def _goes_on(before: Mapping[str, Any], now: Mapping[str, Any], phase: int) -> bool:
+    """Whether settings are the same as far as they were used: phases to come may change."""
+
+    def used(told: Mapping[str, Any]) -> list[Any]:
+        phases = told["train"]["phases"][: phase + 1]
+        # How many threads and how often to save do not change what is learnt.
+        free = ("phases", "threads", "save_every")
+        rest = {k: v for k, v in told["train"].items() if k not in free}
+        return [told["model"], phases, rest]
+
+    old, new = used(before), used(now)
+    # A run that was done had no phase under way: one more is a phase to come.
+    old_phases = old[1]
+    new[1] = new[1][: len(old_phases)]
+    return old == new
+
+
+def _save(run: _Run, path: Path, told: Mapping[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all."""
+    part = path.with_suffix(".part")
+    state = {
+        "told": json.dumps(told, sort_keys=True),
+        "model": run.model.state_dict(),
+        "mean": run.mean.state_dict(),
+        "heads": run.heads.state_dict(),
+        "optimiser": run.optimiser.state_dict() if run.optimiser is not None else None,
+        "phase": run.phase,
+        "step": run.step,
+        "spent": astuple(run.before.since(run.began)),
+    }
+    torch.save(state, part)
+    part.replace(path)
+
+
+def _optimiser(run: _Run, config: TrainConfig) -> torch.optim.Optimizer:
+    parameters = [*run.model.parameters(), *run.heads.parameters()]
+    return torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ],
-        lr=phase.learning_rate,
         betas=(0.9, 0.98),
     )
-    streams = [_batches(len(d.data.labels), d.batch, rng) for d in diets]
-    total_batch = sum(d.batch for d in diets)
-    started = time.monotonic()
-    sums: dict[str, float] = {}
-    model.train()
+
+
+def _run_phase(
+    run: _Run,
+    config: TrainConfig,
+    diets: list[Diet],
+    clips: Clips | None,
+    note: Callable[[Mapping[str, Any]], None],
+    out: Path,
+    told: Mapping[str, Any],
+) -> None:
+    phase = config.phases[run.phase]
+    if run.optimiser is None:
+        run.optimiser = _optimiser(run, config)
+    parameters = [p for group in run.optimiser.param_groups for p in group["params"]]
+    run.model.train()
     if phase.fixed_norms:
-        _fix_norms(model)
-    for step in range(phase.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = _learning_rate(step, phase)
-        for diet, words, stream in zip(diets, phrases, streams, strict=True):
-            terms = step_loss(model, heads, diet, next(stream), words, config, rng)
-            # A larger share for a small data set than its size alone would give it.
-            share = (diet.batch / total_batch) ** 0.5
-            loss = torch.stack([WEIGHTS[k] * v for k, v in terms.items()]).sum() * share
-            loss.backward()
-            for key, value in terms.items():
-                key = f"{diet.data.name}.{key}"
-                sums[key] = sums.get(key, 0.0) + float(value.detach())
+        _fix_norms(run.model)
+    sums: dict[str, float] = {}
+    since = run.step
+    for step in range(run.step, phase.steps):
+        for group in run.optimiser.param_groups:
+            group["lr"] = learning_rate(step, phase)
+        terms = _terms(run, phase, config, diets, clips, step)
+        weights = STEM_WEIGHTS if phase.stem_only else WEIGHTS
+        torch.stack([weights[k] * v for k, v in terms.items()]).sum().backward()
         nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        run.optimiser.step()
+        run.optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(50.0))
-        _follow(mean, model, min(config.average, (step + 1) / (step + 10)))
-        if (step + 1) % 50 == 0:
-            row = {k: round(v / 50, 4) for k, v in sums.items()}
-            row |= {"step": step + 1, "seconds": round(time.monotonic() - started, 1)}
-            journal.write(json.dumps(row) + "\n")
-            journal.flush()
-            log.info("%s", row)
+            for scale in (run.model.logit_scale, *_scales(run.model)):
+                scale.clamp_(max=_LARGEST_SCALE)
+        follow(run.mean, run.model, min(config.average, (step + 1) / (step + 10)))
+        for key, value in terms.items():
+            sums[key] = sums.get(key, 0.0) + float(value.detach())
+        run.step = step + 1
+        if run.step % 50 == 0 or run.step == phase.steps:
+            row = {k: round(v / (run.step - since), 4) for k, v in sums.items()}
+            spent = run.before.since(run.began)
+            clocks = {"seconds": round(spent.wall_s, 1), "cpu": round(spent.cpu_s, 1)}
+            note({"phase": run.phase, "step": run.step, **clocks, **row})
             sums.clear()
-        if (step + 1) % config.save_every == 0 or step + 1 == phase.steps:
-            save_weights(mean, out / "weights.safetensors")
-    return mean
+            since = run.step
+        if run.step % config.save_every == 0:
+            _save(run, out / CHECKPOINT, told)
+
+
+def _scales(model: SoundModel) -> list[Tensor]:
+    return list(model.scales.values()) if model.config.audio else []
+
+
+def _terms(
+    run: _Run,
+    phase: Phase,
+    config: TrainConfig,
+    diets: list[Diet],
+    clips: Clips | None,
+    step: int,
+) -> dict[str, Tensor]:
+    rng = step_rng(config.seed, run.phase, step)
+    rows = [
+        rows_of(len(d.data.labels), d.batch * phase.batch_factor, step, config.seed + run.phase)
+        for d in diets
+    ]
+    batch = draw_batch(diets, dict(phase.windows), rows, rng)
+    if phase.stem_only:
+        return stem_terms(run.model, run.heads, diets, batch, rng)
+    return step_terms(run.model, run.heads, diets, clips, batch, config.shares, rng)
+
+
+def learning_rate(step: int, phase: Phase) -> float:
+    """Rate of a step: a linear rise, then a cosine down to a hundredth."""
+    if step < phase.warmup:
+        return phase.learning_rate * (step + 1) / phase.warmup
+    done = (step - phase.warmup) / max(1, phase.steps - phase.warmup)
+    return phase.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _fix_norms(model: SoundModel) -> None:
@@ -320,7 +324,8 @@ def _fix_norms(model: SoundModel) -> None:
 
 
 @torch.no_grad()
-def _follow(mean: SoundModel, model: SoundModel, decay: float) -> None:
+def follow(mean: SoundModel, model: SoundModel, decay: float) -> None:
+    """Move a running mean of weights towards a model."""
     for kept, new in zip(mean.state_dict().values(), model.state_dict().values(), strict=True):
         if kept.is_floating_point():
             kept.lerp_(new, 1 - decay)

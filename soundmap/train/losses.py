@@ -81,6 +81,37 @@ class FourEmbeddings:
     """Caption of the image."""
 
 
+def class_loss(logits: Tensor, match: Tensor, alpha: float = 0.1) -> Tensor:
+    """Contrast pairs both ways where others than the drawn partner are right, too.
+
+    Like `pair_loss`, with the weight of the true pair shared out evenly among all that match:
+    of two clips of one class, neither is held against the other's place.
+
+    Parameters
+    ----------
+    logits
+        float[B, B] from `pair_logits`.
+    match
+        bool[B, B], which pairs are right; the diagonal is.
+    alpha
+        Weight of the pseudo-matches; 0 leaves them out.
+
+    Returns
+    -------
+    Tensor
+        Scalar.
+    """
+    by_row, by_column = F.log_softmax(logits, dim=1), F.log_softmax(logits, dim=0)
+    right = match.to(logits.dtype)
+    shares = by_row * (right / right.sum(1, keepdim=True))
+    shares = shares + by_column * (right / right.sum(0, keepdim=True))
+    loss = -shares.sum() / (2 * len(logits))
+    if alpha:
+        evidence = -(by_row + by_column) / (2 * len(logits))
+        loss = loss + alpha * (evidence * pseudo_matches(logits)).sum()
+    return loss
+
+
 @dataclass(frozen=True)
 class FourEmbeddingsLoss:
     """The published model's objective and its terms; scalars."""

@@ -372,6 +372,38 @@ class TestGoingOn:
         assert run(images="sample", windows=500, out=tmp_path / "w.parquet").made == 0
         assert pd.read_parquet(tmp_path / "w.parquet")["row"].dtype == np.int64
 
+    @pytest.mark.parametrize("form", ["struct", "bytes"])
+    def test_pictures_in_parquet_itself(
+        self, teller: Teller, run: Callable[..., Summary], tmp_path: Path, photos: Path, form: str
+    ) -> None:
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        files = sorted(photos.iterdir())[:5]
+        held: list[Any] = [file.read_bytes() for file in files]
+        held[1] = b"no picture"
+        keys: list[str] = [f"aporee-{i}" for i in range(5)]
+        if form == "struct":
+            # One with its file's name alone, one with neither, and two of one name.
+            held = [{"bytes": data, "path": f"{i % 4}.png"} for i, data in enumerate(held)]
+            held[2] = {"bytes": None, "path": str(files[2])}
+            held[3] = None
+        table = pa.table({"image": held, "sample_id": keys})
+        pq.write_table(table, tmp_path / "set.parquet", row_group_size=2)
+        done = run(images=str(tmp_path / "set.parquet"), out=tmp_path / "out.csv")
+        with (tmp_path / "out.csv").open(newline="") as file:
+            rows = {row["image"]: row for row in csv.DictReader(file)}
+        if form == "bytes":
+            assert list(rows) == keys
+            assert (done.made, [one.image for one in done.failed]) == (4, ["aporee-1"])
+            return
+        assert list(rows) == ["(row 1)", "1.png", str(files[2]), "aporee-3", "(row 5)"]
+        assert (done.made, len(done.failed)) == (3, 2)
+        assert "not a picture" in rows["1.png"]["error"]
+        assert "holds no image" in rows["aporee-3"]["error"]
+        with Image.open(files[4]) as last:
+            assert rows["(row 5)"]["caption"].startswith(f"{last.width} x {last.height}")
+
     def test_parquet_without_its_library(
         self, teller: Teller, run: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch
     ) -> None:

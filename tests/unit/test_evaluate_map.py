@@ -22,7 +22,8 @@ from odc.geo.geobox import GeoBox
 from soundmap.errors import InputError, OutputError, SoundmapError, UsageError
 from soundmap.products import places
 from soundmap.products.audibility import read_tables
-from soundmap.products.evaluate_map import MapScore, evaluate_map, save, to_csv, to_json
+from soundmap.products.evaluate_map import MapScore, evaluate_map, to_csv, to_json
+from soundmap.products.figures import save
 from soundmap.products.places import PlaceValues, values_at
 from soundmap.products.reference import Question, read_reference
 from soundmap.stores.geotiff import export_cog

@@ -94,6 +94,16 @@ CONFINEMENTS = [
         packages=frozenset({"huggingface_hub", "soundfile"}),
     ),
     Confinement(
+        what="machine code made at run time",
+        areas=frozenset({"nn"}),
+        packages=frozenset({"llvmlite"}),
+    ),
+    Confinement(
+        what="published data sets",
+        areas=frozenset({"products"}),
+        packages=frozenset({"datasets", "pyarrow"}),
+    ),
+    Confinement(
         what="Dask",
         areas=frozenset({"runner"}),
         packages=frozenset({"dask", "distributed"}),
@@ -402,7 +412,10 @@ def test_modules_are_small_and_named_for_a_job(name: str) -> None:
     )
 
 
-HEAVY = ["torch", "rasterio", "zarr", "xarray", "dask", "distributed", "geopandas", "pyogrio"]
+HEAVY = [
+    *("torch", "rasterio", "zarr", "xarray", "dask", "distributed", "geopandas", "pyogrio"),
+    *("datasets", "llvmlite", "pyarrow", "transformers"),
+]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,28 @@ from torch import Tensor
 
 from soundmap.encoder.torch_encoder import model_config
 from soundmap.errors import InputError
+from soundmap.nn.audio_small import AudioConfig
 from soundmap.nn.model import ModelConfig, SoundModel
 from soundmap.nn.vit import ViTConfig
 from soundmap.products.evaluate import as_windows, auc, concept_scores
 from soundmap.products.labelled import Audibility, LabelledImages, load_audibility
 from soundmap.testing.fake_encoder import FakeEncoder
 from soundmap.train.augment import Patchwork, crop_resize, hide, patchwork, recolour, turn
+from soundmap.train.bundle import Recipe
 from soundmap.train.calibrate import calibrate
-from soundmap.train.loop import (
-    WEIGHTS,
-    Diet,
-    Phase,
-    Phrases,
-    TrainConfig,
-    fit,
-    save_weights,
-    step_loss,
+from soundmap.train.clips import ClipSet, Hearing, balanced, vary
+from soundmap.train.feed import Clips, Diet, draw_batch, draw_clips, rows_of
+from soundmap.train.loop import Phase, TrainConfig, fit, save_weights
+from soundmap.train.losses import (
+    agreement_loss,
+    caption_loss,
+    class_loss,
+    pair_loss,
+    phrase_loss,
+    spread_loss,
 )
-from soundmap.train.losses import agreement_loss, caption_loss, phrase_loss, spread_loss
+from soundmap.train.phrases import Phrases
+from soundmap.train.terms import WEIGHTS, Heads, Shares, step_terms
 
 CLASSES = ("forest", "sea", "town")
 CONCEPTS = ("birds", "waves", "traffic", "wind")
@@ -194,6 +199,21 @@ class TestLosses:
         )
         torch.testing.assert_close(spread, found)
 
+    @pytest.mark.parametrize("alpha", [0.0, 0.1])
+    def test_class_loss(self, alpha: float) -> None:
+        logits = torch.randn(5, 5, generator=rng()) * 3
+        alone = class_loss(logits, torch.eye(5).bool(), alpha)
+        torch.testing.assert_close(alone, pair_loss(logits, alpha))
+        # Two of one class: each side's weight is shared out between them.
+        match = torch.eye(5).bool()
+        match[0, 1] = match[1, 0] = True
+        expected = 0.0
+        for side in (logits, logits.T):
+            log = side.log_softmax(1)
+            rows = [(log[0, :2]).mean(), (log[1, :2]).mean(), log[2, 2], log[3, 3], log[4, 4]]
+            expected -= float(sum(rows)) / 10
+        assert float(class_loss(logits, match, 0.0)) == pytest.approx(expected, rel=1e-5)
+
     def test_agreement(self) -> None:
         a = unit(4, 5, 6)
         assert float(agreement_loss(a, a)) == pytest.approx(0, abs=1e-6)
@@ -242,74 +262,158 @@ def words() -> Phrases:
     return Phrases(captions, prompts, AUDIBLE)
 
 
-class TestFit:
-    diet = Diet(places(), 12, (26, 40))
+HEARS = replace(CONFIG, audio=True, audio_tower=AudioConfig((4, 8, 8, 8), 16, 1, 2))
+CROPS = {32: ((26, 40, 0.5), (32, 32, 0.5)), 24: ((24, 24, 1.0),)}
+WINDOWS = ((32, 0.6), (24, 0.4))
 
-    def losses(self, model: SoundModel, heads: Any) -> dict[str, float]:
-        config = TrainConfig(patchwork_share=0.5)
+
+def clips() -> Clips:
+    """Three kinds of clips: low, high, and both; and one that nobody recorded."""
+    noise = torch.randn(12, 120, 64, generator=rng(4)) * 4 - 60
+    labels = torch.arange(12) % 3
+    noise[labels != 1, :, :20] += 30
+    noise[labels != 0, :, 40:] += 30
+    captions = [torch.randn(2, 1, 12, generator=rng(20 + i)) for i in range(4)]
+    audible = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]]).float()
+    phrases = Phrases(captions, words().prompts, audible)
+    found = ClipSet(noise, labels, ("birds", "waves", "rain", "cars"), noise[:2] - 10)
+    heard = {"places": AUDIBLE @ audible.T > 0}
+    how = Hearing(frames=64, mask_frames=8)
+    return Clips(found, phrases, heard, pairs=4, others=3, how=how)
+
+
+def settings(*phases: Phase, **more: Any) -> TrainConfig:
+    return TrainConfig(phases, average=0.9, shares=Shares(patchwork=0.5, patches=8), **more)
+
+
+PHASES = (
+    Phase(6, 3e-3, 2, WINDOWS, stem_only=True, batch_factor=2),
+    Phase(50, 3e-3, 2, WINDOWS),
+    Phase(10, 2e-3, 1, ((32, 1.0),), fixed_norms=True),
+)
+
+
+class TestFit:
+    diet = Diet(places(), 12, CROPS, words())
+
+    def losses(self, model: SoundModel, heads: Heads, heard: Clips | None) -> dict[str, float]:
+        chance = rng(5)
+        batch = draw_batch([self.diet], {32: 1.0}, [torch.arange(12)], chance)
         with torch.no_grad():
-            terms = step_loss(model, heads, self.diet, torch.arange(12), words(), config, rng(5))
+            terms = step_terms(model, heads, [self.diet], heard, batch, Shares(0.5, 8), chance)
         return {key: float(value) for key, value in terms.items()}
 
     @pytest.mark.parametrize("local", [False, True])
     def test_losses_fall(self, tmp_path: Path, local: bool, monkeypatch: Any) -> None:
         import soundmap.train.loop as loop
 
-        made: list[Any] = []
+        made: list[Heads] = []
 
-        class Heads(loop._Heads):
+        class Kept(Heads):
             def __init__(self, *args: Any) -> None:
                 super().__init__(*args)
                 made.append(self)
 
-        monkeypatch.setattr(loop, "_Heads", Heads)
-        config = ModelConfig(**(vars(CONFIG) | {"local_patches": local}))
-        train = TrainConfig(
-            phases=(Phase(60, 3e-3, 2), Phase(20, 2e-3, 1, fixed_norms=True, seed_offset=1)),
-            average=0.9,
-            patchwork_share=0.5,
-            save_every=30,
-        )
+        monkeypatch.setattr(loop, "Heads", Kept)
+        config = replace(HEARS, local_patches=local)
+        train = settings(*PHASES, save_every=30)
         torch.manual_seed(train.seed)
-        fresh, heads = SoundModel(config), loop._Heads(config.dim, {"places": 3})
-        before = self.losses(fresh.eval(), heads)
+        fresh, heads = SoundModel(config), Heads(config.dim, 32, {"places": 3}, 4)
+        before = self.losses(fresh.eval(), heads, clips())
         assert set(before) == set(WEIGHTS)
         assert all(math.isfinite(v) for v in before.values())
-        made.clear()
-        model = fit(config, train, [self.diet], [words()], tmp_path / "run")
+        probes: list[SoundModel] = []
+
+        def probe(model: SoundModel) -> dict[str, float]:
+            probes.append(model)
+            return {"seen": 1.0}
+
+        model, spent = fit(config, train, [self.diet], clips(), tmp_path / "run", probe)
         assert not model.training
-        after = self.losses(model, made[-1])
+        assert spent.wall_s > 0
+        assert spent.cpu_s > 0
+        assert len(probes) == 3
+        after = self.losses(model, made[-1], clips())
         # Captions take longer: three at a sharp scale are told apart last.
-        for term in ("phrase", "patch_phrase", "label"):
-            assert after[term] < 0.6 * before[term], term
+        for term in ("phrase", "patch_phrase", "label", "clip_label"):
+            assert after[term] < 0.7 * before[term], term
         total = [sum(WEIGHTS[k] * terms[k] for k in terms) for terms in (before, after)]
-        assert total[1] < 0.6 * total[0]
+        assert total[1] < 0.7 * total[0]
         self.check_files(tmp_path / "run", config, model)
 
     def check_files(self, folder: Path, config: ModelConfig, model: SoundModel) -> None:
-        lines = (folder / "log.jsonl").read_text().splitlines()
-        first = json.loads(lines[0])
-        assert first["train"]["phases"][0]["steps"] == 60
-        assert model_config(first["model"]) == config
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert rows[0]["train"]["phases"][1]["steps"] == 50
+        assert model_config(rows[0]["model"]) == config
+        assert [row["step"] for row in rows[1:] if "step" in row] == [6, 50, 10]
+        assert [row["phase"] for row in rows if row.get("seen")] == [0, 1, 2]
         state = load_file(str(folder / "weights.safetensors"))
         for key, value in model.state_dict().items():
             assert torch.equal(state[key], value), key
-        assert {p.name for p in folder.iterdir()} == {"log.jsonl", "weights.safetensors"}
+        names = {"log.jsonl", "weights.safetensors", "checkpoint.pt"}
+        assert {p.name for p in folder.iterdir()} == names
 
-    def test_same_seed_same_weights(self, tmp_path: Path) -> None:
-        train = TrainConfig(phases=(Phase(3, 1e-3, 1), Phase(2, 1e-3, 1, True, 1)))
-        one, other = (
-            fit(CONFIG, train, [self.diet], [words()], tmp_path / name) for name in ("a", "b")
+    def test_without_recordings(self, tmp_path: Path) -> None:
+        model, _ = fit(CONFIG, settings(Phase(2, 1e-3, 1, WINDOWS)), [self.diet], None, tmp_path)
+        assert not model.config.audio
+
+    @pytest.mark.parametrize("stop", [1, 7, 9, 13])
+    def test_stopped_and_gone_on_from(self, tmp_path: Path, stop: int, monkeypatch: Any) -> None:
+        import soundmap.train.loop as loop
+
+        train = settings(
+            Phase(4, 1e-3, 1, WINDOWS, stem_only=True),
+            Phase(7, 1e-3, 1, WINDOWS),
+            Phase(4, 1e-3, 1, WINDOWS, fixed_norms=True),
+            save_every=3,
         )
-        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        whole, _ = fit(HEARS, train, [self.diet], clips(), tmp_path / "a")
+        original, calls = loop._terms, 0
+
+        def stopped(*args: Any) -> dict[str, Tensor]:
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(loop, "_terms", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            fit(HEARS, train, [self.diet], clips(), tmp_path / "b")
+        torch.manual_seed(99)
+        again, _ = fit(HEARS, train, [self.diet], clips(), tmp_path / "b")
+        # Steps since the last checkpoint are done again, the others are not.
+        assert calls <= 15 + 1 + 3
+        for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+    def test_other_settings_do_not_go_on(self, tmp_path: Path) -> None:
+        fit(CONFIG, settings(Phase(1, 1e-3, 1, WINDOWS)), [self.diet], None, tmp_path)
+        with pytest.raises(InputError, match="made with other settings"):
+            fit(CONFIG, settings(Phase(2, 1e-3, 1, WINDOWS)), [self.diet], None, tmp_path)
+
+    def test_phases_to_come_may_change(self, tmp_path: Path) -> None:
+        first = Phase(2, 1e-3, 1, WINDOWS, stem_only=True)
+        more = Phase(3, 1e-3, 1, WINDOWS)
+        whole, _ = fit(CONFIG, settings(first, more), [self.diet], None, tmp_path / "a")
+        fit(CONFIG, settings(first), [self.diet], None, tmp_path / "b")
+        again, _ = fit(CONFIG, settings(first, more), [self.diet], None, tmp_path / "b")
+        for a, b in zip(whole.parameters(), again.parameters(), strict=True):
             assert torch.equal(a, b)
 
     def test_draws(self) -> None:
         phrases = words()
         assert phrases.draw_captions(rng()).shape == (3, 1, 12)
         assert phrases.draw_prompts(rng()).shape == (4, 1, 12)
-        seen = {tuple(phrases.draw_prompts(rng(i))[0, 0].tolist()) for i in range(40)}
-        assert seen == {tuple(p[0].tolist()) for p in phrases.prompts[0]}
+        seen = set()
+        for i in range(40):
+            drawn = phrases.draw_prompts(rng(i))[0, 0]
+            # Each is near one of those written.
+            distance = (phrases.prompts[0][:, 0] - drawn).norm(dim=-1)
+            nearest = int(distance.argmin())
+            assert float(distance[nearest]) < float(phrases.prompts[0][nearest].norm())
+            seen.add(nearest)
+        assert seen == {0, 1, 2}
 
     def test_weights_are_replaced_whole(self, tmp_path: Path) -> None:
         path = tmp_path / "weights.safetensors"
@@ -318,6 +422,86 @@ class TestFit:
         save_weights(model, path)
         assert set(load_file(str(path))) == set(model.state_dict())
         assert list(tmp_path.iterdir()) == [path]
+
+
+class TestFeed:
+    def test_every_row_once(self) -> None:
+        seen = torch.cat([rows_of(12, 4, step, 0) for step in range(6)])
+        assert sorted(seen[:12].tolist()) == sorted(seen[12:].tolist()) == list(range(12))
+        assert not torch.equal(seen[:12], seen[12:])
+
+    def test_batch(self) -> None:
+        diet = Diet(places(), 12, CROPS, words())
+        for step in range(8):
+            batch = draw_batch([diet, diet], dict(WINDOWS), [torch.arange(12)] * 2, rng(step))
+            side = batch.pixels.shape[-1]
+            assert batch.pixels.shape == (24, 3, side, side)
+            assert [(p.start, p.stop) for p in batch.parts] == [(0, 12), (12, 24)]
+            assert torch.equal(batch.labels[:12], torch.from_numpy(diet.data.labels[:12]))
+            for group in batch.groups:
+                gsd = batch.gsd_m[group.start : group.stop]
+                assert len(gsd.unique()) == 1
+                low, high = (26, 40) if side == 32 else (24, 24)
+                assert low / side * 10 - 1e-4 <= float(gsd[0]) <= high / side * 10 + 1e-4
+
+    def test_clips_are_audible_in_their_images(self) -> None:
+        diet, heard = Diet(places(), 12, CROPS, words()), clips()
+        batch = draw_batch([diet], {32: 1.0}, [torch.arange(12)], rng())
+        for step in range(10):
+            drawn = draw_clips(heard, [diet], batch, rng(step))
+            assert len(drawn.images) == 4
+            assert len(drawn.rows) == 7
+            kinds = heard.clips.labels[drawn.rows[:4]]
+            places_ = batch.labels[drawn.images]
+            expected = heard.heard["places"][places_][:, kinds]
+            assert torch.equal(drawn.match, expected)
+            assert drawn.match.diagonal().all()
+
+
+class TestVary:
+    def test_new_clips_of_the_same_kind(self) -> None:
+        heard = clips()
+        rows = torch.arange(12)
+        found = vary(heard.clips, rows, heard.how, rng())
+        assert found.shape == (12, 1, 64, 64)
+        assert torch.isfinite(found).all()
+        assert torch.equal(found, vary(heard.clips, rows, heard.how, rng()))
+        assert not torch.equal(found, vary(heard.clips, rows, heard.how, rng(1)))
+        high = found[..., 45:].mean((1, 2, 3)) - found[..., :15].mean((1, 2, 3))
+        assert (high[rows % 3 == 1] > 10).all()
+        assert (high[rows % 3 == 0] < -10).all()
+
+    def test_rare_kinds_come_often(self) -> None:
+        mels = torch.zeros(18, 8, 64)
+        labels = torch.tensor([0] * 16 + [1] * 2)
+        found = ClipSet(mels, labels, ("a", "b"), mels[:1])
+        drawn = labels[balanced(found, 4000, rng())]
+        assert 0.2 < float((drawn == 1).float().mean()) < 0.32
+
+
+class TestRecipe:
+    def test_read(self) -> None:
+        assert Recipe.read({"recipe": "small"}) == Recipe()
+        found = Recipe.read({"seed": 7, "weight_decay": 1, "eurosat_batch": 8, "steps": [1, 2, 3]})
+        assert found.train.seed == 7
+        assert found.train.weight_decay == 1.0
+        assert found.eurosat_batch == 8
+        assert [p.steps for p in found.train.phases] == [1, 2, 3]
+        assert found.model == Recipe().model
+
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            ({"sead": 1}, "no setting 'sead': did you mean 'seed'"),
+            ({"seed": "x"}, "seed = 'x' of the recipe is no int"),
+            ({"seed": True}, "no int"),
+            ({"steps": [1]}, "give 3 numbers"),
+            ({"steps": [1, 0, 2]}, "give 3 numbers"),
+        ],
+    )
+    def test_mistakes(self, table: dict[str, Any], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            Recipe.read(table)
 
 
 class TestAuc:
@@ -440,6 +624,30 @@ class TestAudibility:
             load_audibility(tmp_path, ("waves", "traffic", "wind"))
         assert "'birds'" in str(caught.value)
 
+    def test_clips_that_share_a_concept_are_audible(self, tmp_path: Path) -> None:
+        clips = {
+            "esc": {
+                "wren": {"captions": ["a wren"], "concepts": ["birds"]},
+                "lorry": {"captions": ["a lorry"], "concepts": ["traffic"]},
+                "fire": {"captions": ["fire"], "concepts": []},
+            }
+        }
+        data = {"classes": audibility().tables, "sample_areas": {}, "clips": clips}
+        path = tmp_path / "audibility.json"
+        path.write_text(json.dumps(data))
+        table = load_audibility(tmp_path, CONCEPTS)
+        assert table.clip_matrix().tolist() == [
+            [True, False, False, False],
+            [False, False, True, False],
+            [False, False, False, False],
+        ]
+        found = table.audible_clips("places")
+        assert found == {"forest": ("wren",), "sea": (), "town": ("wren", "lorry")}
+        clips["esc"]["fire"]["concepts"].append("flames")
+        path.write_text(json.dumps(data))
+        with pytest.raises(InputError, match="clips of fire list"):
+            load_audibility(tmp_path, CONCEPTS)
+
     def test_bundled_table_fits_the_bundled_concepts(self, project: Path) -> None:
         folder = project / "models" / "soundmap-small"
         concepts = json.loads((folder / "concepts.json").read_text())["concepts"]
@@ -453,5 +661,11 @@ class TestAudibility:
         both = np.concatenate([table.matrix(name) for name in table.tables])
         assert both.any(axis=0).all()
         assert not both.all(axis=0).any()
+        for clip in table.clips.values():
+            assert len(clip["captions"]) > 1
+        for name in table.tables:
+            # Something that was recorded is audible in every class of EuroSAT.
+            audible = table.audible_clips(name).values()
+            assert all(audible) if name == "eurosat" else any(audible)
         for area in table.sample_areas:
             assert table.area_matrix(area).any()

@@ -51,7 +51,7 @@ OUTCOMES: dict[str, Map | str] = {
     "mostly_transparent_rgba_jpeg_epsg3857.tif": Map((51, 51), 24),
     "neon_osbs_rgb_nodata255_0p1m_utm17.tif": Map((4, 4), 96),
     "not_a_tiff.tif": "not a raster",
-    "rgba_uint16_utm12.tif": Map((7, 11), 56),
+    "rgba_uint16_utm12.tif": Map((51, 79), 8),
     "rotated_transform.tif": NO_CRS,
     "single_band_epsg3857.tif": Map((85, 85), 8, warns="coarser"),
     "south_up_positive_dy.tif": COARSE,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -152,8 +153,18 @@ class TestTorchWithMetadata(EncoderContract):
 
 class TestBundled(EncoderContract):
     @pytest.fixture(autouse=True)
-    def _load(self, bundled: Encoder) -> None:
+    def _load(self, bundled: Encoder, tmp_path: Path) -> None:
         self.bundled = bundled
+        time_s = np.arange(3 * 32000) / 32000
+        noise = np.random.default_rng(0).normal(size=len(time_s))
+        waves = {
+            "hum": np.sin(2 * np.pi * 120 * time_s),
+            "chirps": np.sin(2 * np.pi * 4000 * time_s) * (time_s % 0.5 < 0.1),
+            "hiss": noise,
+        }
+        for name, wave in waves.items():
+            soundfile.write(tmp_path / f"{name}.wav", 0.2 * wave, 32000)
+        self.clips = tuple(str(tmp_path / f"{name}.wav") for name in waves)
 
     def make_encoder(self) -> Encoder:
         return self.bundled

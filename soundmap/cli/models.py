@@ -187,8 +187,20 @@ def _of_input(spec: InputSpec) -> Facts:
 
 
 def _of_figures(figures: dict[str, Any]) -> Facts:
-    return [
-        ("figures", f"{name}: " + ", ".join(f"{key} {value}" for key, value in found.items()))
-        for name, found in figures.items()
-        if isinstance(found, dict)
-    ]
+    lines = ((name, _told(found)) for name, found in figures.items() if isinstance(found, dict))
+    return [("figures", f"{name}: {told}") for name, told in lines if told]
+
+
+def _told(figures: dict[str, Any]) -> str:
+    """Figures on a line; of those by phrase or by scene only a mean with its chance."""
+    parts = []
+    for key, value in figures.items():
+        name = key.replace("_", " ")
+        if not isinstance(value, dict):
+            parts.append(f"{name} {value}")
+        elif "mean" in value:
+            chance = f" (chance {value['chance']})" if "chance" in value else ""
+            parts.append(f"{name} {value['mean']}{chance}")
+        elif "change" in value:
+            parts.append(f"{name} {value['change']} ({value['concept']}, {value['copy']})")
+    return ", ".join(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -257,8 +258,26 @@ class TestMistakes:
         self.one_line(result, "text encoder", "SOUNDMAP_TEXT_ENCODER", "--audio")
 
     def test_recordings_need_a_model_that_hears(
-        self, command: Command, clips: list[str], tmp_path: Path
+        self, command: Command, clips: list[str], tmp_path: Path, project: Path
     ) -> None:
-        words = ["predict", "--imagery", "sample", "--audio", clips[0]]
+        deaf = tmp_path / "deaf"
+        shutil.copytree(project / "models" / "soundmap-small", deaf)
+        card = json.loads((deaf / "model.json").read_text())
+        card["name"] = "deaf"
+        card["architecture"] |= {"audio": False, "audio_tower": None}
+        (deaf / "model.json").write_text(json.dumps(card))
+        words = ["predict", "--imagery", "sample", "--model", deaf, "--audio", clips[0]]
         result = command(*words, "--out", tmp_path / "map.tif")
-        self.one_line(result, "soundmap-small", "--text")
+        self.one_line(result, "deaf", "--text")
+
+
+def test_the_bundled_model_takes_recordings(
+    command: Command, clips: list[str], tmp_path: Path
+) -> None:
+    words = ["predict", "--imagery", "sample", "--audio", clips[0]]
+    result = command(*words, "--out", tmp_path / "map.tif")
+    assert result.returncode == 0, result.stderr
+    with rasterio.open(tmp_path / "map.tif") as found:
+        assert found.descriptions == (clips[0].partition("=")[0],)
+        values = found.read(1)
+    assert ((values >= 0) & (values <= 1)).all()

@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING
 import click
 
 from soundmap.cli.evaluate_retrieval import evaluate_retrieval
-from soundmap.cli.options import data_option, model_option, wide_console
+from soundmap.cli.options import (
+    data_option,
+    figure_options,
+    model_option,
+    wide_console,
+    with_interval,
+    write_figures,
+)
 
 if TYPE_CHECKING:
     from soundmap.products.evaluate_map import MapScore
-    from soundmap.products.scores import Estimate
 
 
 class _ModelUnlessNamed(click.Group):
@@ -161,16 +167,7 @@ docs/evaluation.md.
     help="Features with the same entry here are of one place. Default: points in one cell are.",
 )
 @click.option("--crs", metavar="CRS", help="CRS of the coordinates, if the file does not tell.")
-@click.option(
-    "--resamples",
-    type=click.IntRange(min=0),
-    default=1000,
-    show_default=True,
-    help="Resamples of the places, for the intervals; 0 for none.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the resampling.")
-@click.option("--json", "json_file", metavar="FILE|-", help="Write all figures as JSON.")
-@click.option("--csv", "csv_file", metavar="FILE|-", help="Write a row a concept as CSV.")
+@figure_options
 def evaluate_map(
     file: str,
     reference: str,
@@ -194,19 +191,11 @@ def evaluate_map(
     """
     from soundmap.products.evaluate_map import evaluate_map as judge
     from soundmap.products.evaluate_map import to_csv, to_json
-    from soundmap.products.figures import save
     from soundmap.products.reference import Question
 
-    if json_file == csv_file == "-":
-        raise click.UsageError("--json and --csv cannot both be printed: name a file for one")
     question = Question(label, audibility, values, audible_from)
     score = judge(file, reference, question, place=place, crs=crs, resamples=resamples, seed=seed)
-    for text, target in ((to_json, json_file), (to_csv, csv_file)):
-        if target == "-":
-            click.echo(text(score).rstrip("\n"))
-        elif target:
-            save(text(score), target)
-    if "-" not in (json_file, csv_file):
+    if not write_figures(score, (to_json, json_file), (to_csv, csv_file)):
         _show(score)
         for target in filter(None, (json_file, csv_file)):
             click.echo(f"Wrote {target}")
@@ -230,10 +219,12 @@ def _show(score: MapScore) -> None:
     for one in score.concepts:
         heard = [str(one.audible) if one.audible is not None else ""] if yes_no else []
         count = str(one.places) if one.places == one.features else f"{one.places} ({one.features})"
-        table.add_row(one.concept, count, *heard, *(_text(getattr(one, key)) for key in shown))
+        table.add_row(
+            one.concept, count, *heard, *(with_interval(getattr(one, key)) for key in shown)
+        )
     if len(score.concepts) > 1:
         table.add_section()
-        means = [_text(score.mean[key]) for key in shown]
+        means = [with_interval(score.mean[key]) for key in shown]
         table.add_row(f"mean of {len(score.concepts)}", "", *([""] if yes_no else []), *means)
     console.print(table)
     for line in _remarks(score):
@@ -251,11 +242,3 @@ def _remarks(score: MapScore) -> list[str]:
         reasons.setdefault(why, []).append(concept)
     lines += [f"Skipped, {why}: {', '.join(names)}" for why, names in reasons.items()]
     return lines
-
-
-def _text(held: Estimate | None) -> str:
-    if held is None:
-        return ""
-    if held.low != held.low:
-        return f"{held.value:.3f}"
-    return f"{held.value:.3f} ({held.low:.3f} to {held.high:.3f})"

@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from soundmap.cli.options import model_option, wide_console
+from soundmap.cli.options import (
+    figure_options,
+    model_option,
+    wide_console,
+    with_interval,
+    write_figures,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from soundmap.products.embed_samples import Embeddings
     from soundmap.products.evaluate_retrieval import RetrievalScore
-    from soundmap.products.scores import Estimate
 
 _EPILOG = """\b
 Examples:
@@ -52,17 +57,8 @@ More in docs/evaluation.md; how to write a TOML file, in docs/datasets.md.
     metavar="FILE[:set]",
     help="Which classes of recordings are audible in which class of images, JSON or CSV.",
 )
-@click.option(
-    "--resamples",
-    type=click.IntRange(min=0),
-    default=1000,
-    show_default=True,
-    help="Resamples of the queries, for the intervals; 0 for none.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the resampling.")
 @click.option("--bad-rows", metavar="FILE.csv", help="List the samples that cannot be read.")
-@click.option("--json", "json_file", metavar="FILE|-", help="Write all figures as JSON.")
-@click.option("--csv", "csv_file", metavar="FILE|-", help="Write a row a figure as CSV.")
+@figure_options
 def evaluate_retrieval(
     model: str,
     data: str | None,
@@ -88,12 +84,9 @@ def evaluate_retrieval(
     """
     from soundmap.products.embed_samples import Reading, load_embeddings, save_embeddings
     from soundmap.products.evaluate_retrieval import evaluate_retrieval as judge
-    from soundmap.products.figures import save
     from soundmap.products.retrieval_inputs import audible_table
     from soundmap.products.retrieval_report import to_csv, to_json
 
-    if json_file == csv_file == "-":
-        raise click.UsageError("--json and --csv cannot both be printed: name a file for one")
     written = [json_file, csv_file]
     if data is not None:
         reading = Reading(scale, not no_metadata, batch, mel_index)
@@ -108,12 +101,7 @@ def evaluate_retrieval(
         raise click.UsageError("give --data, or --embeddings that an earlier run has kept")
     table = audible_table(audible, held) if audible is not None else None
     score = judge(held, audible=table, resamples=resamples, seed=seed)
-    for text, target in ((to_json, json_file), (to_csv, csv_file)):
-        if target == "-":
-            click.echo(text(score).rstrip("\n"))
-        elif target:
-            save(text(score), target)
-    if "-" not in (json_file, csv_file):
+    if not write_figures(score, (to_json, json_file), (to_csv, csv_file)):
         _show(score)
         for target in filter(None, written):
             click.echo(f"Wrote {target}")
@@ -182,8 +170,8 @@ def _show_directions(console: Console, score: RetrievalScore) -> None:
             one.name,
             one.add_text or "",
             f"{one.samples:,}",
-            _text(one.recall_tenth),
-            _text(one.median_rank, 1),
+            with_interval(one.recall_tenth),
+            with_interval(one.median_rank, 1),
             *at,
         )
     console.print(table)
@@ -212,7 +200,7 @@ def _show_classes(console: Console, score: RetrievalScore) -> None:
             name,
             items,
             figure,
-            _text(held.mean),
+            with_interval(held.mean),
             f"{held.chance:.3f}",
             f"{held.ceiling:.3f}",
             str(len(held.by_class)),
@@ -233,9 +221,3 @@ def _remarks(score: RetrievalScore) -> list[str]:
     if unheard:
         lines += [f"{unheard:,} recordings were not heard: the model has no tower for sound"]
     return lines + [f"Skipped, {why}: {name}" for name, why in score.skipped.items()]
-
-
-def _text(held: Estimate, digits: int = 3) -> str:
-    if held.low != held.low:
-        return f"{held.value:.{digits}f}"
-    return f"{held.value:.{digits}f} ({held.low:.{digits}f} to {held.high:.{digits}f})"

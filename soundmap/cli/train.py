@@ -47,7 +47,7 @@ def command(data: str, model: str, out: str, overwrite: bool, quiet: bool) -> No
 
     Started again, the same command goes on where it was stopped, as if it had not been.
     """
-    from soundmap.train.config import read_toml
+    from soundmap.products.samples.config import read_toml
 
     table = read_toml(Path(model))
     if "recipe" in table:
@@ -93,8 +93,8 @@ def _bundled(data: Path, table: dict[str, object], model: Path, out: Path, quiet
     import logging
 
     from soundmap.errors import InputError
+    from soundmap.products.samples.config import read_toml
     from soundmap.train.bundle import Recipe, make_model
-    from soundmap.train.config import read_toml
 
     if table["recipe"] != "small":
         raise InputError(f"{model}, recipe: must be 'small', not {table['recipe']!r}")

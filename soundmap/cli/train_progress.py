@@ -4,69 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from soundmap.cli.bar import Bar
+from soundmap.train.journal import Listener
 
 _SMOOTH = 0.9
 _PIPED_LINES = 20
 
 
-class TrainProgress:
+class TrainProgress(Bar, Listener):
     """Shows a bar with steps, samples per second, loss and time left, and a line per validation.
 
     Where there is no terminal the loss is written about twenty times in all instead.
     """
 
     def __init__(self, quiet: bool) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TextColumn("{task.fields[pace]}"),
-            TextColumn("{task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=quiet or not self.console.is_terminal,
-        )
-        self._task: TaskID | None = None
+        super().__init__(quiet, "steps", "loss")
         self._total = 0
         self._loss: float | None = None
         self._samples = 0
         self._started = 0.0
 
-    def __enter__(self) -> TrainProgress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # One that was never begun would print an empty line.
-        if self._bar.live.is_started:
-            self._bar.stop()
-
     def planned(self, steps: int, done: int) -> None:
         """Begin the bar."""
         self._total = steps
-        self._task = self._bar.add_task("training", total=steps, completed=done, pace="", loss="")
-        self._bar.start()
+        self.begin("training", steps, done)
         self._started = time.monotonic()
 
     def stepped(self, step: int, loss: float | None, samples: int) -> None:
@@ -77,8 +39,7 @@ class TrainProgress:
         self._samples += samples
         pace = f"{self._samples / max(1e-6, time.monotonic() - self._started):.3g} samples/s"
         told = "" if self._loss is None else f"loss {self._loss:.4f}"
-        if self._task is not None:
-            self._bar.update(self._task, completed=step, pace=pace, loss=told)
+        self.update(completed=step, pace=pace, loss=told)
         if not self.console.is_terminal and step % max(1, self._total // _PIPED_LINES) == 0:
             self.noted(f"step {step:,} of {self._total:,}, {told}, {pace}")
 
@@ -95,4 +56,4 @@ class TrainProgress:
 
     def noted(self, text: str) -> None:
         """Say something."""
-        self.console.print(escape(text), highlight=False, soft_wrap=True)
+        self.say(text, markup=False)

@@ -80,11 +80,7 @@ def encode_described(
     # For what it checks: shape, type and scale.
     encoder.encode_images(pixels[:0], scale=scale, gsd_m=gsd_m, details=("image",))
     model, device = encoder.model, encoder.device
-    given = _metadata(facts, fields)
-    metadata = Metadata(
-        {name: value.to(device) for name, value in given.values.items()},
-        {name: known.to(device) for name, known in given.valid.items()},
-    )
+    metadata = encode_facts(facts, fields, device)
     x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
     x = x.contiguous(memory_format=torch.channels_last)
     gsd = torch.tensor([gsd_m], device=device)
@@ -96,8 +92,10 @@ def encode_described(
     return vectors
 
 
-def _metadata(facts: Sequence[Facts], fields: tuple[str, ...]) -> Metadata:
-    """Encode every field of every window; what is masked is zero and not valid."""
+def encode_facts(facts: Sequence[Facts], fields: tuple[str, ...], device: torch.device) -> Metadata:
+    """Encode the named fields of every sample; what is masked is not valid."""
+    if not facts:
+        return Metadata({}, {})
     places = torch.tensor([one.lonlat or (0.0, 0.0) for one in facts], dtype=torch.float64)
     months = torch.tensor([one.month or 1 for one in facts])
     hours = torch.tensor([one.hour or 0 for one in facts])
@@ -111,8 +109,8 @@ def _metadata(facts: Sequence[Facts], fields: tuple[str, ...]) -> Metadata:
         "time": (encode_hour(hours), [one.hour is not None for one in facts]),
     }
     return Metadata(
-        {name: held[name][0] for name in fields},
-        {name: torch.tensor(held[name][1]) for name in fields},
+        {name: held[name][0].to(device) for name in fields},
+        {name: torch.tensor(held[name][1], device=device) for name in fields},
     )
 
 

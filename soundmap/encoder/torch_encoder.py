@@ -397,7 +397,9 @@ class TorchEncoder:
             A library that this needs is not installed.
         """
         self._check_hears()
-        if mel.ndim != 4 or mel.shape[1:] != (1, 1001, 64):
+        from soundmap.nn.mel import MEL_SHAPE
+
+        if mel.ndim != 4 or mel.shape[1:] != MEL_SHAPE:
             raise UsageError(f"spectrograms must be [B, 1, 1001, 64], not {list(mel.shape)}")
         self._load_audio()
         result = np.empty((len(mel), self.dim), np.float32)

@@ -22,6 +22,8 @@ WINDOW = 1024
 HOP = 320
 """Samples from one frame to the next: ten milliseconds."""
 MEL_BANDS = 64
+MEL_SHAPE = (1, 1001, MEL_BANDS)
+"""A clip's spectrogram: channel, frames, bands."""
 
 _MEL_RANGE_HZ = (50.0, 14_000.0)
 _FLOOR = 1e-10

@@ -19,7 +19,7 @@ from soundmap.encoder.audio import segments
 from soundmap.encoder.described import Facts, encode_described, metadata_fields
 from soundmap.encoder.preprocess import reference_window
 from soundmap.errors import InputError, OutputError, UsageError
-from soundmap.nn.mel import log_mel
+from soundmap.nn.mel import MEL_SHAPE, log_mel
 from soundmap.products.samples.base import (
     FIELDS,
     BadSample,
@@ -243,7 +243,7 @@ class _Batches:
         side = self._encoder.spec.window_px
         windows = [reference_window(image, self._crop_px, side) for _, image in chosen]
         self._padded += sum(min(image.shape[1:]) < self._crop_px for _, image in chosen)
-        facts = [_facts(batch[i]) if self._fields else Facts() for i, _ in chosen]
+        facts = [facts_of(batch[i]) if self._fields else Facts() for i, _ in chosen]
         vectors = encode_described(
             self._encoder, np.stack(windows), facts, self._told_m, self._reading.scale
         )
@@ -317,18 +317,23 @@ def told_gsd_m(spec: InputSpec, gsd_m: float, crop_px: int, scale: int) -> float
 def hears(encoder: Encoder) -> bool:
     """Tell whether a model has a tower for sound."""
     try:
-        encoder.encode_mel(np.zeros((0, 1, 1001, 64), np.float32))
+        encoder.encode_mel(np.zeros((0, *MEL_SHAPE), np.float32))
     except UsageError:
         return False
     return True
 
 
-def _facts(sample: Sample) -> Facts:
+def facts_of(sample: Sample) -> Facts:
+    """Metadata of a sample, as a model may be told them.
+
+    The hour of a Freesound clip is never used: it is the hour of its upload (SPEC 4).
+    """
     known = sample.lon is not None and sample.lat is not None
+    uploaded = (sample.audio_source or "").casefold() == "freesound"
     return Facts(
         (float(sample.lon or 0), float(sample.lat or 0)) if known else None,
         sample.month,
-        sample.hour,
+        None if uploaded else sample.hour,
         sample.audio_source,
         sample.caption_source,
     )

@@ -23,6 +23,7 @@ from soundmap.api import predict
 from soundmap.encoder import Encoder, ModelCard, find_model
 from soundmap.encoder.bank_files import read_bank
 from soundmap.errors import InputError
+from soundmap.products.embed_samples import prompt_vectors
 from soundmap.products.labelled import (
     Audibility,
     LabelledImages,
@@ -159,13 +160,7 @@ def as_windows(data: LabelledImages, encoder: Encoder) -> tuple[NDArray[np.uint8
 
 def class_vectors(encoder: Encoder, audibility: Audibility, dataset: str) -> NDArray[np.float32]:
     """Embed the captions of every class and average them: float32[classes, D], unit vectors."""
-    means = [
-        encoder.encode_text(entry["captions"]).mean(axis=0)
-        for entry in audibility.tables[dataset].values()
-    ]
-    vectors = np.stack(means)
-    unit: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return unit
+    return prompt_vectors(encoder, [e["captions"] for e in audibility.tables[dataset].values()])
 
 
 def evaluate_windows(

@@ -132,44 +132,6 @@ def encode_clips(encoder: Encoder, data_folder: Path, split: str) -> Clips:
     )
 
 
-def evaluate_clips(
-    encoder: Encoder,
-    data_folder: Path,
-    split: str,
-    *,
-    categories: Sequence[str] | None = None,
-    prompts: Mapping[str, Sequence[str]],
-) -> ClipScore:
-    """Judge a model on the labelled clips of a data folder.
-
-    To judge several choices of classes, encode once: `encode_clips`, then `score_clips`.
-
-    Parameters
-    ----------
-    encoder
-        A model with a side for sound.
-    data_folder
-        Folder that holds ``audio/esc_index.csv``.
-    split
-        "train" or "test".
-    categories
-        Judge these classes alone: clips and prompts of others are not in the galleries. None: all
-        of the index, also those that have no clip in the split: a clip may be mistaken for them.
-    prompts
-        Class -> texts that describe it; their unit vectors are averaged.
-
-    Raises
-    ------
-    InputError
-        The index is missing, is no such table, or has no readable clip of the split.
-    UsageError
-        The model has no tower for sound; or a class is unknown or has no prompt.
-    """
-    return score_clips(
-        encoder, encode_clips(encoder, data_folder, split), categories=categories, prompts=prompts
-    )
-
-
 def score_clips(
     encoder: Encoder,
     clips: Clips,
@@ -190,8 +152,11 @@ def score_clips(
         The model that embedded the clips.
     clips
         From `encode_clips`.
-    categories, prompts
-        See `evaluate_clips`.
+    categories
+        Judge these classes alone: clips and prompts of others are not in the galleries. None: all
+        of the index, also those that have no clip in the split: a clip may be mistaken for them.
+    prompts
+        Class -> texts that describe it; their unit vectors are averaged.
     resamples, seed
         How often to draw recordings, and from which seed.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from soundmap.errors import InputError
 from soundmap.products.audibility import Table, choose_table, read_tables
 from soundmap.products.embed_samples import Embeddings
 from soundmap.products.samples import Samples, SamplesConfig, StreamedSamples, open_samples
-from soundmap.products.samples.config import split_name
+from soundmap.products.samples.config import read_toml, split_name
 
 
 def open_set(path: str | Path, split: str) -> Samples | StreamedSamples:
@@ -30,13 +29,10 @@ def open_set(path: str | Path, split: str) -> Samples | StreamedSamples:
     InputError
         The file or the set cannot be read, or has no such split.
     """
-    try:
-        held = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
-        held = {"kind": None}
+    path = Path(path)
+    held = read_toml(path)
     if "kind" in held:
-        # Also a file that cannot be read: this says why.
-        return open_samples(SamplesConfig.read(path), split)
+        return open_samples(SamplesConfig.from_table(held, str(path), path.parent), split)
     found = [name for name in held if split_name(name) == split_name(split)]
     if not found:
         tables = ", ".join(f"[{name}]" for name in held if isinstance(held[name], dict))

@@ -91,6 +91,26 @@ def recolour(pixels: Tensor, rng: torch.Generator, strength: float = 1.0) -> Ten
     return out.clamp_(0, 255)
 
 
+def veil(pixels: Tensor, rng: torch.Generator) -> Tensor:
+    """Lay haze over images: a veil of light grey, thin or thick, and a little more or less light.
+
+    Parameters
+    ----------
+    pixels
+        float32[B, 3, H, W] in 0..255.
+    rng
+        Where chance comes from.
+    """
+
+    def draw(low: float, high: float, channels: int = 1) -> Tensor:
+        shape = (len(pixels), channels, 1, 1)
+        return low + (high - low) * torch.rand(shape, generator=rng)
+
+    part = draw(0.0, 0.3)
+    colour = draw(160, 220) + draw(-10, 10, 3)
+    return (pixels * (draw(0.9, 1.1) * (1 - part)) + colour * part).clamp_(0, 255)
+
+
 def hide(pixels: Tensor, share: float, rng: torch.Generator) -> Tensor:
     """Blank a random side or rectangle of some images with the mean of the rest.
 

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soundmap.encoder.described import encode_facts
 from soundmap.errors import InputError
-from soundmap.nn.metadata import Metadata, encode_hour, encode_latlong, encode_month
+from soundmap.nn.metadata import Metadata
 from soundmap.products.samples import BadRows, BadSample, Sample, Samples
 from soundmap.train.texts import Captions, join
 from soundmap.train.views import View, Viewer
@@ -243,7 +244,7 @@ class Collator:
             has=has.to(self.device),
             pixels=self._stack([v.pixels for v in images]),
             gsd_m=torch.tensor([v.gsd_m for v in images]).to(self.device),
-            metadata=encode_metadata([v.fields for v in images], self.fields, self.device),
+            metadata=encode_facts([v.facts for v in images], self.fields, self.device),
             mel=self._stack(mels),
             audio_caption=self._tokens(heard),
             image_caption=self._tokens(seen),
@@ -257,31 +258,6 @@ class Collator:
     def _tokens(self, states: list[NDArray[np.float32] | None]) -> Tensor:
         there = [one for one in states if one is not None]
         return (join(there) if there else torch.empty(0)).to(self.device)
-
-
-def encode_metadata(
-    rows: list[dict[str, float | int | tuple[float, float] | None]],
-    fields: tuple[str, ...],
-    device: torch.device,
-) -> Metadata:
-    """Encode metadata; what is missing is marked as not valid."""
-    values: dict[str, Tensor] = {}
-    valid: dict[str, Tensor] = {}
-    for name in fields if rows else ():
-        given = [row[name] for row in rows]
-        known = torch.tensor([one is not None for one in given])
-        if name == "latlong":
-            places = [one if one is not None else (0.0, 0.0) for one in given]
-            encoded = encode_latlong(torch.tensor(places, dtype=torch.float64))
-        else:
-            numbers = torch.tensor([int(one) if one is not None else 0 for one in given])  # type: ignore[arg-type]
-            if name in ("month", "time"):
-                encoded = (encode_month if name == "month" else encode_hour)(numbers)
-            else:
-                encoded = numbers
-        values[name] = encoded.to(device)
-        valid[name] = known.to(device)
-    return Metadata(values, valid)
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:

@@ -96,6 +96,8 @@ PHASES = (
     Phase(7000, 3e-3, warmup=150, windows=_SMALL_WINDOWS, stem_only=True),
     Phase(4000, 1.5e-3, warmup=150, windows=_ALL_WINDOWS),
     Phase(400, 5e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True),
+    Phase(2400, 1.2e-3, warmup=100, windows=_ALL_WINDOWS, steady=True),
+    Phase(600, 4e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
 )
 """Small windows are seen faster, so more of them in the same time; maps are made of large ones."""
 

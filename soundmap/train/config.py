@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import tomllib
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from soundmap.errors import InputError
 from soundmap.nn.model import ModelConfig
+from soundmap.products.samples.config import read_toml
 
 KeepBest = Literal["loss", "i2s_recall", "s2i_recall", "i2st_recall", "i2c_recall"]
 """What tells the best model: the loss; images finding recordings, recordings finding images,
@@ -161,23 +161,6 @@ class Settings:
     loss: LossSettings = LossSettings()
     training: TrainingSettings = TrainingSettings()
     validation: ValidationSettings = ValidationSettings()
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises
-    ------
-    InputError
-        It cannot be read, or is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path} cannot be read ({reason}): give a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from error
 
 
 def read_settings(path: Path) -> Settings:

@@ -16,7 +16,7 @@ from soundmap.products.samples import (
     StreamedSamples,
     open_samples,
 )
-from soundmap.train.config import read_toml
+from soundmap.products.samples.config import read_toml
 
 SPLITS = ("train", "validation")
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ BAD_FILE = "bad_rows.csv"
 BOARD = "tensorboard"
 
 
-class Listener(Protocol):
-    """Hears what a run does."""
+class Listener:
+    """Hears what a run does. Override what you need."""
 
     def planned(self, steps: int, done: int) -> None:
         """So many steps are to be done, so many of them were done before."""
@@ -40,22 +40,6 @@ class Listener(Protocol):
 
     def noted(self, text: str) -> None:
         """Something that the user should know."""
-
-
-class Silence:
-    """A listener that does nothing."""
-
-    def planned(self, steps: int, done: int) -> None:
-        """Do nothing."""
-
-    def stepped(self, step: int, loss: float | None, samples: int) -> None:
-        """Do nothing."""
-
-    def validated(self, step: int, figures: Mapping[str, float], best: bool) -> None:
-        """Do nothing."""
-
-    def noted(self, text: str) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True)

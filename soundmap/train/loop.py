@@ -40,8 +40,8 @@ class Phase:
     """Whether the convolutions learn alone, from class labels."""
     fixed_norms: bool = False
     """Whether batch norms use their running statistics, as the finished model does."""
-    batch_factor: int = 1
-    """Multiplies the batches."""
+    steady: bool = False
+    """Whether patches are held to the probabilities that they have without haze."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,6 @@ def fit(
     diets: list[Diet],
     clips: Clips | None,
     out: Path,
-    probe: Callable[[SoundModel], dict[str, float]] | None = None,
 ) -> tuple[SoundModel, Spent]:
     """Train a model, or go on with a run that was stopped.
 
@@ -119,9 +118,6 @@ def fit(
     out
         Folder for the checkpoint (every ``save_every`` steps), ``weights.safetensors`` and
         ``log.jsonl``. A checkpoint there is gone on from.
-    probe
-        Called with the running mean of the weights at the end of every phase; what it returns is
-        logged.
 
     Returns
     -------
@@ -149,10 +145,6 @@ def fit(
             note(told)
         while run.phase < len(config.phases):
             _run_phase(run, config, diets, clips, note, out, told)
-            if probe is not None:
-                training = run.mean.training
-                note({"phase": run.phase, **probe(run.mean.eval())})
-                run.mean.train(training)
             run.model.load_state_dict(run.mean.state_dict())
             run.phase, run.step, run.optimiser = run.phase + 1, 0, None
             _save(run, out / CHECKPOINT, told)
@@ -182,9 +174,7 @@ def _start(
         return run
     state = torch.load(path, weights_only=True)
     if not _goes_on(json.loads(state["told"]), told, state["phase"]):
-        raise InputError(
-            f"{path} was made with other settings: give another folder with --work, or remove it"
-        )
+        raise InputError(f"{path} was made with other settings: choose another --out, or remove it")
     for part in ("model", "mean", "heads"):
         getattr(run, part).load_state_dict(state[part])
     run.phase, run.step, run.before = state["phase"], state["step"], Spent(*state["spent"])
@@ -298,14 +288,11 @@ def _terms(
     step: int,
 ) -> dict[str, Tensor]:
     rng = step_rng(config.seed, run.phase, step)
-    rows = [
-        rows_of(len(d.data.labels), d.batch * phase.batch_factor, step, config.seed + run.phase)
-        for d in diets
-    ]
+    rows = [rows_of(len(d.data.labels), d.batch, step, config.seed + run.phase) for d in diets]
     batch = draw_batch(diets, dict(phase.windows), rows, rng)
     if phase.stem_only:
         return stem_terms(run.model, run.heads, diets, batch, rng)
-    return step_terms(run.model, run.heads, diets, clips, batch, config.shares, rng)
+    return step_terms(run.model, run.heads, diets, clips, batch, config.shares, rng, phase.steady)
 
 
 def learning_rate(step: int, phase: Phase) -> float:

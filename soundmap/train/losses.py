@@ -55,6 +55,24 @@ def agreement_loss(a: Tensor, b: Tensor) -> Tensor:
     return 1 - (a * b).sum(-1).mean()
 
 
+def steady_loss(a: Tensor, b: Tensor) -> Tensor:
+    """Hold two views of the same patches to the same probabilities, one by one and on average.
+
+    Parameters
+    ----------
+    a, b
+        float[B, n, C] probabilities of n patches of each image.
+
+    Returns
+    -------
+    Tensor
+        Squared differences summed over concepts: the mean over patches, and that of the images'
+        means, which count as much as single patches would without noise.
+    """
+    change = a - b
+    return change.square().sum(-1).mean() + change.mean(1).square().sum(-1).mean()
+
+
 def spread_loss(logits: Tensor) -> Tensor:
     """Keep codes in use: the mean softmax over the batch should not collapse onto a few.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soundmap.nn.model import SoundModel
-from soundmap.train.augment import hide, patchwork, recolour
+from soundmap.train.augment import hide, patchwork, recolour, veil
 from soundmap.train.clips import vary
 from soundmap.train.feed import Batch, Clips, Diet, Heard, draw_clips
 from soundmap.train.losses import (
@@ -20,6 +20,7 @@ from soundmap.train.losses import (
     pair_logits,
     phrase_loss,
     spread_loss,
+    steady_loss,
 )
 
 WEIGHTS = {
@@ -29,6 +30,7 @@ WEIGHTS = {
     "patch_phrase": 0.5,
     "label": 1.0,
     "agree": 0.25,
+    "steady": 4.0,
     "spread": 0.02,
     "clip_caption": 0.5,
     "clip_phrase": 1.0,
@@ -70,6 +72,8 @@ class Shares:
     """Part of each data set's images that is also seen as patchwork, in another light."""
     patches: int = 12
     """Patches of an image that are judged by themselves."""
+    veiled: float = 0.3
+    """Part of each data set's images that is also seen through haze, in phases that ask for it."""
     hidden: float = 0.08
     """Part of the images of which a piece is blanked."""
 
@@ -98,9 +102,12 @@ def _share(losses: list[Tensor], batch: Batch) -> Tensor:
     return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
 
 
-def _single(model: SoundModel, grid: Tensor, whole: Tensor, gsd: Tensor, place: Tensor) -> Tensor:
+def _single(
+    model: SoundModel, grid: Tensor, whole: Tensor | None, gsd: Tensor, place: Tensor
+) -> Tensor:
     """Queries of some patches as a map has them: float[B, n, D] at int64[B, n]."""
     if not model.config.local_patches:
+        whole = model.queries(grid, gsd) if whole is None else whole
         return whole.gather(1, place[..., None].expand(-1, -1, whole.shape[-1]))
     some = grid.flatten(2).gather(2, place[:, None].expand(-1, grid.shape[1], -1))
     return model.queries(some[..., None], gsd, True)
@@ -114,6 +121,7 @@ def step_terms(
     batch: Batch,
     shares: Shares,
     rng: torch.Generator,
+    steady: bool = False,
 ) -> dict[str, Tensor]:
     """Compute all terms of one step.
 
@@ -129,6 +137,8 @@ def step_terms(
         How much is looked at patch by patch.
     rng
         Where chance comes from.
+    steady
+        Whether to hold patches to the probabilities that they have without haze.
 
     Returns
     -------
@@ -151,10 +161,7 @@ def step_terms(
     patches = model.codebook.each(single)
 
     chosen = torch.randint(0, count, (len(quilts.pixels), shares.patches), generator=rng)
-    quilt_whole = None if model.config.local_patches else model.queries(quilt_grid, quilts.gsd_m)
-    pieces_queries = _single(
-        model, quilt_grid, quilt_whole if quilt_whole is not None else whole, quilts.gsd_m, chosen
-    )
+    pieces_queries = _single(model, quilt_grid, None, quilts.gsd_m, chosen)
     pieces = model.codebook.each(pieces_queries)
     origin, origin_place = quilts.image.gather(1, chosen), quilts.patch.gather(1, chosen)
     with torch.no_grad():
@@ -197,10 +204,27 @@ def step_terms(
         add("agree", agreement_loss(pieces[own], before[own]))
         add("spread", spread_loss(logits[part]).mean())
     result = {name: _share(values, batch) for name, values in terms.items()}
+    if steady:
+
+        def probability(each: Tensor) -> Tensor:
+            scale, bias = p_scale.detach(), p_bias.detach()
+            return torch.sigmoid(scale * each @ texts.prompts.detach().T + bias)
+
+        rows = _some(batch, shares.veiled)
+        veiled = _embed(model, veil(pixels[rows], rng))
+        queries = _single(model, veiled, None, batch.gsd_m[rows], places[rows])
+        other = probability(model.codebook.each(queries))
+        result["steady"] = steady_loss(probability(patches[rows]), other)
     if clips is not None:
         heard = draw_clips(clips, diets, batch, rng)
         result |= _clip_terms(model, heads, clips, heard, raw, texts, rng)
     return result
+
+
+def _some(batch: Batch, share: float) -> Tensor:
+    """Choose the first images of each data set: int64[n]."""
+    parts = [torch.arange(part.start, part.stop) for part in batch.parts]
+    return torch.cat([part[: max(1, round(len(part) * share))] for part in parts])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from soundmap.products.samples import BadRows, Samples, StreamedSamples
 from soundmap.train.batches import Collator, Feeder, Rows
 from soundmap.train.config import Settings
 from soundmap.train.data import RunData
-from soundmap.train.journal import BAD_FILE, Journal, Listener, Silence, write_run
+from soundmap.train.journal import BAD_FILE, Journal, Listener, write_run
 from soundmap.train.objective import TERMS, Objective, backward, hide_metadata, log_scales
 from soundmap.train.optimiser import learning_rate, make_optimiser
 from soundmap.train.processes import Processes, average, gather_objects, share_buffers, wait
@@ -100,7 +100,7 @@ def train(
     OutputError
         The folder cannot be written.
     """
-    run = _Run(settings, start, data, out, processes, listener or Silence())
+    run = _Run(settings, start, data, out, processes, listener or Listener())
     try:
         return run.go(overwrite)
     finally:
@@ -124,7 +124,7 @@ class _Run:
         self.data = data
         self.out = out
         self.processes = processes
-        self.listener = listener if processes.first else Silence()
+        self.listener = listener if processes.first else Listener()
         t = settings.training
         if t.threads:
             torch.set_num_threads(t.threads)

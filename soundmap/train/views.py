@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 from PIL import ImageEnhance
 
+from soundmap.encoder.described import Facts
 from soundmap.encoder.preprocess import reference_window
 from soundmap.nn.mel import CLIP_SAMPLES, log_mel
+from soundmap.products.embed_samples import facts_of
 from soundmap.products.samples import Sample
 from soundmap.train.config import InputSettings
 
-_SOURCES = {
-    "asource": {"yfcc": 0, "inat": 1, "aporee": 2, "freesound": 3},
-    "tsource": {"meta": 0, "qwen": 1, "pengi": 2},
-}
 _IMAGE, _SOUND = 1, 2
 
 
@@ -40,8 +38,8 @@ class View:
     audio_caption: str
     image_caption: str
     """Of the same zoom; empty where there is none."""
-    fields: dict[str, float | int | tuple[float, float] | None]
-    """Metadata by the names of `soundmap.nn.metadata.FIELDS`; None where it is missing."""
+    facts: Facts
+    """Metadata."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Viewer:
             mel=self._mel(sample, stream(_SOUND)),
             audio_caption=sample.audio_caption.strip(),
             image_caption=sample.image_captions.get(zoom, "").strip(),
-            fields=metadata_fields(sample),
+            facts=facts_of(sample),
         )
 
     def _mel(self, sample: Sample, rng: np.random.Generator) -> NDArray[np.float32] | None:
@@ -108,22 +106,6 @@ class Viewer:
             _mask(mel, 1, self.settings.mask_frames, rng)
             _mask(mel, 2, self.settings.mask_bands, rng)
         return mel
-
-
-def metadata_fields(sample: Sample) -> dict[str, float | int | tuple[float, float] | None]:
-    """Metadata of a sample, by field; None where it is missing or makes no sense.
-
-    The hour of a Freesound clip is never used: it is the hour of its upload (SPEC 4).
-    """
-    sources = {"asource": sample.audio_source, "tsource": sample.caption_source}
-    fields: dict[str, float | int | tuple[float, float] | None] = {
-        name: _SOURCES[name].get((source or "").lower()) for name, source in sources.items()
-    }
-    has_place = sample.lat is not None and sample.lon is not None
-    fields["latlong"] = (sample.lon, sample.lat) if has_place else None  # type: ignore[assignment]
-    fields["month"] = sample.month
-    fields["time"] = None if fields["asource"] == 3 else sample.hour
-    return fields
 
 
 def jitter(

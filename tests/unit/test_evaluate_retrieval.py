@@ -25,7 +25,7 @@ from soundmap.products.embed_samples import (
     save_embeddings,
     told_gsd_m,
 )
-from soundmap.products.evaluate_clips import encode_clips, evaluate_clips, score_clips
+from soundmap.products.evaluate_clips import encode_clips, score_clips
 from soundmap.products.evaluate_retrieval import direction_score, evaluate_retrieval
 from soundmap.products.retrieval import match_ranks, retrieval
 from soundmap.products.retrieval_inputs import audible_table, open_set, read_prompts
@@ -455,7 +455,8 @@ class TestClips:
 
     def test_are_named_and_found(self, folder: Path) -> None:
         prompts = {name: [f"sound of a {name}"] for name in ("dog", "rain", "wind", "cow")}
-        score = evaluate_clips(encoder(), folder, "test", prompts=prompts)
+        clips = encode_clips(encoder(), folder, "test")
+        score = score_clips(encoder(), clips, prompts=prompts)
         assert score.categories == ("cow", "dog", "rain", "wind")
         assert (score.clips, score.recordings) == (12, 6)
         assert score.text_to_audio.mean.value == score.audio_to_text.mean.value == 1
@@ -464,17 +465,17 @@ class TestClips:
         assert score.top1.value == 1
         assert score.left_out == {"a/broken/0.ogg": "it is broken"}
 
-        clips = encode_clips(encoder(), folder, "test")
         assert clips.esc10 == ("dog", "rain")
         swapped = {"dog": prompts["rain"], "rain": prompts["dog"]}
         few = score_clips(encoder(), clips, categories=clips.esc10, prompts=swapped)
         assert (few.clips, few.top1.value, few.audio_to_text.mean.value) == (8, 0, 0.5)
 
     def test_mistakes_are_told(self, folder: Path) -> None:
+        clips = encode_clips(encoder(), folder, "test")
         with pytest.raises(UsageError, match="without a prompt: cow, rain, wind"):
-            evaluate_clips(encoder(), folder, "test", prompts={"dog": ["a dog"]})
+            score_clips(encoder(), clips, prompts={"dog": ["a dog"]})
         with pytest.raises(UsageError, match="no class cat"):
-            evaluate_clips(encoder(), folder, "test", categories=["cat"], prompts={})
+            score_clips(encoder(), clips, categories=["cat"], prompts={})
         with pytest.raises(InputError, match="no clips of split 'val'; it has test, train"):
             encode_clips(encoder(), folder, "val")
         with pytest.raises(InputError, match="not found"):

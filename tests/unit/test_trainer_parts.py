@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 
+from soundmap.encoder.described import encode_facts
 from soundmap.errors import UsageError
 from soundmap.nn.audio_small import AudioConfig
 from soundmap.nn.mel import CLIP_SAMPLES
 from soundmap.nn.model import ModelConfig, SoundModel
 from soundmap.nn.vit import ViTConfig
+from soundmap.products.embed_samples import facts_of
 from soundmap.products.samples import FIELDS, BadRows, Sample, StreamedSamples
 from soundmap.train.batches import Collator, Feeder, Rows, epoch_order, split
 from soundmap.train.config import InputSettings, LossSettings, ScheduleSettings
@@ -37,7 +39,7 @@ from soundmap.train.optimiser import learning_rate
 from soundmap.train.processes import Processes
 from soundmap.train.streams import StreamFeeder
 from soundmap.train.texts import Captions, join
-from soundmap.train.views import Viewer, jitter, metadata_fields
+from soundmap.train.views import Viewer, jitter
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)
@@ -211,10 +213,17 @@ def test_stripes_are_blotted_out() -> None:
 
 def test_hours_of_freesound_are_not_used() -> None:
     sample = Sample("a", audio_source="freesound", hour=3, month=4)
-    fields = metadata_fields(sample)
-    assert (fields["time"], fields["month"], fields["asource"]) == (None, 4, 3)
-    other = metadata_fields(dataclasses.replace(sample, audio_source="elsewhere", lat=1.0, lon=2.0))
-    assert (other["time"], other["asource"], other["latlong"]) == (3, None, (2.0, 1.0))
+    facts = facts_of(sample)
+    assert (facts.hour, facts.month, facts.audio_source) == (None, 4, "freesound")
+    other = facts_of(dataclasses.replace(sample, audio_source="elsewhere", lat=1.0, lon=2.0))
+    assert (other.hour, other.lonlat) == (3, (2.0, 1.0))
+    told = encode_facts([facts, other], ("asource", "latlong", "time"), torch.device("cpu"))
+    assert told.values["asource"].tolist()[0] == 3
+    assert {name: known.tolist() for name, known in told.valid.items()} == {
+        "asource": [True, False],
+        "latlong": [False, True],
+        "time": [False, True],
+    }
 
 
 class Stream:

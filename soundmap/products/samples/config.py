@@ -43,6 +43,23 @@ COLUMNS = (
 _NAMES_OF_VALIDATION = ("validation", "val", "valid", "dev")
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"{path} cannot be read ({reason}): give a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from error
+
+
 def split_name(name: str) -> str:
     """Name a split in one way: "val", "valid" and "dev" are "validation"."""
     plain = name.strip().lower()
@@ -109,13 +126,7 @@ class SamplesConfig:
             file and key.
         """
         path = Path(path)
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"{path} cannot be read ({reason}): give a TOML file") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not TOML: {error}") from error
+        data = read_toml(path)
         if table is None:
             return cls.from_table(data, str(path), path.parent)
         if not isinstance(data.get(table), dict):

@@ -18,10 +18,7 @@ from PIL import Image, ImageOps
 
 from soundmap.encoder.audio import SilentClip, read_clip
 from soundmap.errors import InputError
-from soundmap.nn.mel import SAMPLE_RATE, resample
-
-MEL_SHAPE = (1, 1001, 64)
-"""Shape of one segment's spectrogram."""
+from soundmap.nn.mel import MEL_SHAPE, SAMPLE_RATE, resample
 
 _RASTERS = (".tif", ".tiff", ".vrt", ".jp2", ".img")
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")

@@ -91,6 +91,39 @@ def recolour(pixels: Tensor, rng: torch.Generator, strength: float = 1.0) -> Ten
     return out.clamp_(0, 255)
 
 
+def clear(
+    pixels: Tensor, dark_rgb: tuple[int, int, int], share: float, rng: torch.Generator
+) -> Tensor:
+    """Take the light of the air from some images, and stretch what is left.
+
+    Products that are corrected for the atmosphere are dark where those that are not are grey, and
+    viewers stretch them as they like.
+
+    Parameters
+    ----------
+    pixels
+        float32[B, 3, H, W] in 0..255.
+    dark_rgb
+        Red, green and blue of the darkest ground: what the air adds.
+    share
+        Part of the images.
+    rng
+        Where chance comes from.
+    """
+    chosen = torch.nonzero(torch.rand(len(pixels), generator=rng) < share)[:, 0]
+
+    def draw(low: float, high: float, channels: int = 1) -> Tensor:
+        return low + (high - low) * torch.rand((len(chosen), channels, 1, 1), generator=rng)
+
+    # Corrections take more or less of each band: what is dark is not black in all of them.
+    part = draw(0.4, 1.0) * draw(0.65, 1.1, 3)
+    air = torch.tensor(dark_rgb, dtype=pixels.dtype)[:, None, None] * part
+    gain = torch.exp(draw(-0.3, 0.7) + draw(-0.3, 0.3, 3))
+    out = pixels.clone()
+    out[chosen] = ((pixels[chosen] - air) * gain).clamp_(0, 255)
+    return out
+
+
 def veil(pixels: Tensor, rng: torch.Generator) -> Tensor:
     """Lay haze over images: a veil of light grey, thin or thick, and a little more or less light.
 
@@ -126,6 +159,24 @@ def hide(pixels: Tensor, share: float, rng: torch.Generator) -> Tensor:
         if keep.float().mean() > 0.3:
             out[i][:, ~keep] = out[i][:, keep].mean(1, keepdim=True)
     return out
+
+
+def gaps(count: int, side: int, share: float, rng: torch.Generator) -> Tensor:
+    """Cut off a side, a corner or a piece of some windows: bool[count, 1, side, side]."""
+    missing = torch.zeros(count, 1, side, side, dtype=torch.bool)
+    for i in torch.nonzero(torch.rand(count, generator=rng) < share)[:, 0].tolist():
+        first = torch.randint(-side // 2, side, (2,), generator=rng)
+        size = torch.randint(side // 4, side, (2,), generator=rng)
+        y0, x0 = first.clamp(min=0).tolist()
+        y1, x1 = (first + size).tolist()
+        piece = torch.zeros(side, side, dtype=torch.bool)
+        piece[y0 : max(0, y1), x0 : max(0, x1)] = True
+        if torch.rand((), generator=rng) < 0.5:
+            # All of one side, as at the edge of a scene.
+            piece = piece.any(0, keepdim=True).expand(side, side)
+        if piece.float().mean() < 0.6:
+            missing[i, 0] = piece
+    return missing
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from soundmap.train.clips import ClipSet, load_clips
 from soundmap.train.feed import Clips, Crops, Diet
 from soundmap.train.loop import Phase, Spent, TrainConfig, fit
 from soundmap.train.phrases import clip_phrases, make_phrases
+from soundmap.train.terms import Shares
 from soundmap.train.text_vectors import distil
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,10 @@ SMALL = ModelConfig(
     audio_tower=AudioConfig(),
 )
 
+# The lowest hundredth of each band.
+EUROSAT_DARK_RGB = (25, 45, 67)
+UCMERCED_DARK_RGB = (8, 14, 15)
+
 # Side of the window -> sides of the crop, and how often. At 10 m: whole pixels mostly, which cost
 # nothing to resize; finer by up to 1.4, coarser up to 20 m. At 0.3 m: mostly 1 to 1.2 m, where the
 # card has maps read; from 0.3 to 2.4 m else.
@@ -98,6 +103,9 @@ PHASES = (
     Phase(400, 5e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True),
     Phase(2400, 1.2e-3, warmup=100, windows=_ALL_WINDOWS, steady=True),
     Phase(600, 4e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
+    Phase(800, 5e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
+    Phase(700, 5e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
+    Phase(700, 4e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
 )
 """Small windows are seen faster, so more of them in the same time; maps are made of large ones."""
 
@@ -107,11 +115,15 @@ class Recipe:
     """How the bundled model is made."""
 
     model: ModelConfig = SMALL
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(PHASES))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(PHASES, shares=Shares(beyond_rgb=EUROSAT_MEAN_RGB))
+    )
     eurosat_batch: int = 52
     ucmerced_batch: int = 14
     clip_pairs: int = 10
     other_clips: int = 6
+    cleared: float = 0.4
+    """Part of the images that are seen as if corrected for the atmosphere."""
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> Recipe:
@@ -121,8 +133,7 @@ class Recipe:
         ----------
         table
             Any of ``seed``, ``threads``, ``save_every``, ``weight_decay``, ``clip_norm``,
-            ``average``, ``eurosat_batch``, ``ucmerced_batch``, ``clip_pairs``, ``other_clips``; and
-            ``steps``, one number for each phase. ``recipe``, its name, is passed over.
+            ``average``, ``eurosat_batch``, ``ucmerced_batch``, XX
 
         Raises
         ------
@@ -227,12 +238,19 @@ def make_diets(
 ) -> list[Diet]:
     """Say how EuroSAT and UC Merced are fed."""
     ways = (
-        (recipe.eurosat_batch, EUROSAT_CROPS),
-        (recipe.ucmerced_batch, UCMERCED_CROPS),
+        (recipe.eurosat_batch, EUROSAT_CROPS, EUROSAT_DARK_RGB),
+        (recipe.ucmerced_batch, UCMERCED_CROPS, UCMERCED_DARK_RGB),
     )
     return [
-        Diet(data, batch, crops, make_phrases(text, audibility, prompts, data.name))
-        for data, (batch, crops) in zip(sets, ways, strict=True)
+        Diet(
+            data,
+            batch,
+            crops,
+            make_phrases(text, audibility, prompts, data.name),
+            dark_rgb,
+            recipe.cleared,
+        )
+        for data, (batch, crops, dark_rgb) in zip(sets, ways, strict=True)
     ]
 
 
@@ -312,10 +330,14 @@ def write_model(
             "caption of the place): image with caption of the sound, sound with its caption, image "
             "with sound, image with both, image with its own caption, where all that is audible in "
             "a class counts as its match; one phrase per concept (sigmoid) for images and sounds; "
-            "the same for single patches, with patchwork consistency between different light; "
+            "the same for single patches, with patchwork consistency between different light; all "
+            "images of a batch with all clips that are audible in them; in the last phases, the "
+            "same probabilities with and without haze; "
             "class heads during training alone; the convolutions first learn alone",
             "augmentation": "turns and mirrors; gain, contrast, saturation, colour cast, mixed "
-            "bands (season), haze; 0.3 to 20 m per pixel, the true one told; clips: stretches, "
+            "bands (season), haze; light of the air taken away and the rest stretched, as products "
+            "corrected for the atmosphere are; windows cut off, as at the edge of imagery; "
+            "0.3 to 20 m per pixel, the true one told; clips: stretches, "
             "mixing within a class and with the forest day, tilt and shift along frequency, masks",
         },
         "data": DATA,

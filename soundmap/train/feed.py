@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from soundmap.products.labelled import LabelledImages
-from soundmap.train.augment import crop_resize, turn
+from soundmap.train.augment import clear, crop_resize, turn
 from soundmap.train.clips import ClipSet, Hearing, balanced
 from soundmap.train.phrases import Phrases
 
@@ -31,6 +31,10 @@ class Diet:
     """Side of the window -> sides of the crops that are resized to it. The GSD told to the model
     follows from both."""
     phrases: Phrases
+    dark_rgb: tuple[int, int, int] = (0, 0, 0)
+    """The darkest ground, about the lowest hundredth of each band: what the air adds to it."""
+    cleared: float = 0.0
+    """Part of the images that are seen as if corrected for the air."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Batch:
     """Images of all data sets, in windows of one size."""
 
     pixels: Tensor
-    """float32[B, 3, W, W] in 0..255, turned, in their own light."""
+    """float32[B, 3, W, W] in 0..255, turned; some of them cleared, else in their own light."""
     gsd_m: Tensor
     """float32[B]."""
     labels: Tensor
@@ -105,7 +109,8 @@ def draw_batch(
             low, high, _ = diet.crops[side][_draw([c[2] for c in diet.crops[side]], rng)]
             crop = int(torch.randint(low, high + 1, (), generator=rng))
             images = torch.from_numpy(diet.data.pixels[half.numpy()])
-            pixels.append(turn(crop_resize(images, crop, side, rng), rng))
+            seen = turn(crop_resize(images, crop, side, rng), rng)
+            pixels.append(clear(seen, diet.dark_rgb, diet.cleared, rng))
             labels.append(torch.from_numpy(diet.data.labels[half.numpy()]))
             gsd.append(torch.full((len(half),), diet.data.gsd_m * crop / side))
             groups.append(Group(start, start + len(half)))
@@ -128,6 +133,8 @@ class Heard:
     """int64[N], clips."""
     match: Tensor
     """bool[P, P], which of the first P clips are audible in which of the P images."""
+    audible: Tensor
+    """bool[B, N], which clips are audible in which images of the batch."""
 
 
 def draw_clips(clips: Clips, diets: list[Diet], batch: Batch, rng: torch.Generator) -> Heard:
@@ -137,8 +144,14 @@ def draw_clips(clips: Clips, diets: list[Diet], batch: Batch, rng: torch.Generat
         audible[part] = clips.heard[diet.data.name][batch.labels[part]]
     there = torch.bincount(clips.clips.labels, minlength=audible.shape[1]) > 0
     audible &= there
+    # As in the other terms, a small data set counts more than its size alone would give it.
+    size = torch.cat(
+        [torch.full((p.stop - p.start,), float(p.stop - p.start)) for p in batch.parts]
+    )
     able = torch.nonzero(audible.any(1))[:, 0]
-    images = able[torch.randperm(len(able), generator=rng)[: clips.pairs]]
+    count = min(clips.pairs, len(able))
+    chosen = torch.multinomial(size[able] ** -0.5, count, generator=rng) if count else able
+    images = able[chosen]
     of_class = clips.clips.rows
     kinds = torch.multinomial(audible[images].float(), 1, generator=rng)[:, 0]
     rows = [
@@ -147,4 +160,5 @@ def draw_clips(clips: Clips, diets: list[Diet], batch: Batch, rng: torch.Generat
     ]
     paired = torch.stack(rows) if rows else torch.zeros(0, dtype=torch.int64)
     others = balanced(clips.clips, clips.others, rng)
-    return Heard(images, torch.cat([paired, others]), audible[images][:, kinds])
+    drawn = torch.cat([paired, others])
+    return Heard(images, drawn, audible[images][:, kinds], audible[:, clips.clips.labels[drawn]])

@@ -130,6 +130,31 @@ def class_loss(logits: Tensor, match: Tensor, alpha: float = 0.1) -> Tensor:
     return loss
 
 
+def match_loss(logits: Tensor, match: Tensor) -> Tensor:
+    """Contrast all of one kind with all of another, where any number of them may match.
+
+    Parameters
+    ----------
+    logits
+        float[N, M].
+    match
+        bool[N, M]. Rows and columns without any match are left out.
+
+    Returns
+    -------
+    Tensor
+        The mean of both ways, each the mean cross-entropy with the matches in equal shares; 0
+        where nothing matches.
+    """
+    ways = []
+    for scores, right in ((logits, match), (logits.T, match.T)):
+        able = right.any(1)
+        shares = right[able].to(logits.dtype)
+        shares = shares / shares.sum(1, keepdim=True)
+        ways.append(-(F.log_softmax(scores[able], dim=1) * shares).sum() / able.sum().clamp(min=1))
+    return (ways[0] + ways[1]) / 2
+
+
 @dataclass(frozen=True)
 class FourEmbeddingsLoss:
     """The published model's objective and its terms; scalars."""

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soundmap.nn.model import SoundModel
-from soundmap.train.augment import hide, patchwork, recolour, veil
+from soundmap.train.augment import gaps, hide, patchwork, recolour, veil
 from soundmap.train.clips import vary
 from soundmap.train.feed import Batch, Clips, Diet, Heard, draw_clips
 from soundmap.train.losses import (
     agreement_loss,
     caption_loss,
     class_loss,
+    match_loss,
     pair_logits,
     phrase_loss,
     spread_loss,
@@ -30,7 +31,7 @@ WEIGHTS = {
     "patch_phrase": 0.5,
     "label": 1.0,
     "agree": 0.25,
-    "steady": 4.0,
+    "steady": 120.0,
     "spread": 0.02,
     "clip_caption": 0.5,
     "clip_phrase": 1.0,
@@ -39,9 +40,10 @@ WEIGHTS = {
     "at": 1 / 6,
     "ia": 1 / 6,
     "i_at": 1 / 2,
+    "hears": 0.5,
 }
-"""Of the terms. The last four are those of the published objective at half their weight, whose
-fifth, image with image caption, is "caption"."""
+"""Of the terms. The four before the last are those of the published objective at half their weight,
+whose fifth, image with image caption, is "caption"."""
 
 STEM_WEIGHTS = {"label": 1.0}
 
@@ -72,8 +74,12 @@ class Shares:
     """Part of each data set's images that is also seen as patchwork, in another light."""
     patches: int = 12
     """Patches of an image that are judged by themselves."""
-    veiled: float = 0.3
+    veiled: float = 0.45
     """Part of each data set's images that is also seen through haze, in phases that ask for it."""
+    cut: float = 0.5
+    """Part of those that are cut off somewhere, as at the edge of imagery."""
+    beyond_rgb: tuple[int, int, int] = (0, 0, 0)
+    """What stands for what lies beyond imagery."""
     hidden: float = 0.08
     """Part of the images of which a piece is blanked."""
 
@@ -146,6 +152,14 @@ def step_terms(
         Term -> scalar, not weighted.
     """
     pixels = hide(recolour(batch.pixels, rng), shares.hidden, rng)
+    clean = _some(batch, shares.veiled if steady else 0.0)
+    # Half of them as they are, which is how maps are read; the same through haze is to mean the
+    # same. What lies beyond the imagery stays as it is.
+    missing = gaps(len(clean), pixels.shape[-1], shares.cut, rng)
+    beyond = torch.tensor(shares.beyond_rgb, dtype=pixels.dtype)[:, None, None]
+    before_haze = batch.pixels[clean]
+    before_haze[::2] = recolour(before_haze[::2], rng)
+    pixels[clean] = torch.where(missing, beyond, before_haze)
     quilts = _quilts(model, batch, shares, rng)
     every = _embed(model, torch.cat([pixels, quilts.pixels]))
     grid, quilt_grid = every[: len(pixels)], every[len(pixels) :]
@@ -210,11 +224,11 @@ def step_terms(
             scale, bias = p_scale.detach(), p_bias.detach()
             return torch.sigmoid(scale * each @ texts.prompts.detach().T + bias)
 
-        rows = _some(batch, shares.veiled)
-        veiled = _embed(model, veil(pixels[rows], rng))
-        queries = _single(model, veiled, None, batch.gsd_m[rows], places[rows])
+        hazy = torch.where(missing, beyond, veil(before_haze, rng))
+        veiled = _embed(model, hazy)
+        queries = _single(model, veiled, None, batch.gsd_m[clean], places[clean])
         other = probability(model.codebook.each(queries))
-        result["steady"] = steady_loss(probability(patches[rows]), other)
+        result["steady"] = steady_loss(probability(patches[clean]), other)
     if clips is not None:
         heard = draw_clips(clips, diets, batch, rng)
         result |= _clip_terms(model, heads, clips, heard, raw, texts, rng)
@@ -224,7 +238,7 @@ def step_terms(
 def _some(batch: Batch, share: float) -> Tensor:
     """Choose the first images of each data set: int64[n]."""
     parts = [torch.arange(part.start, part.stop) for part in batch.parts]
-    return torch.cat([part[: max(1, round(len(part) * share))] for part in parts])
+    return torch.cat([part[: round(len(part) * share)] for part in parts])
 
 
 @dataclass(frozen=True)
@@ -314,6 +328,8 @@ def _clip_terms(
     image, sound, kinds = images[heard.images], raw[:pairs], labels[:pairs]
     caption = texts.clip_captions[kinds]
     same = kinds[:, None] == kinds[None]
+    every = pair_logits(images, raw, model.scales["ia"])
+    terms["hears"] = match_loss(every, heard.audible)
     if pairs > 1:
         terms |= {
             "it": class_loss(pair_logits(image, caption, model.logit_scale), heard.match),

@@ -106,6 +106,7 @@ PHASES = (
     Phase(800, 5e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
     Phase(700, 5e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
     Phase(700, 4e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
+    Phase(400, 3e-4, warmup=30, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
 )
 """Small windows are seen faster, so more of them in the same time; maps are made of large ones."""
 

@@ -236,9 +236,11 @@ def step_terms(
 
 
 def _some(batch: Batch, share: float) -> Tensor:
-    """Choose the first images of each data set: int64[n]."""
+    """Choose the first images of each data set, more of a small one: int64[n]."""
     parts = [torch.arange(part.start, part.stop) for part in batch.parts]
-    return torch.cat([part[: round(len(part) * share)] for part in parts])
+    most = max(len(part) for part in parts)
+    shares = [min(1.0, share * (most / max(1, len(part))) ** 0.5) for part in parts]
+    return torch.cat([p[: round(len(p) * s)] for p, s in zip(parts, shares, strict=True)])
 
 
 @dataclass(frozen=True)

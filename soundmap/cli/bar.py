@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -77,6 +76,6 @@ class Bar:
         if self._task is not None:
             self._bar.update(self._task, **values)
 
-    def say(self, text: str, markup: bool = True) -> None:
-        """Print a line above the bar."""
-        self.console.print(text if markup else escape(text), highlight=False, soft_wrap=True)
+    def say(self, text: str) -> None:
+        """Print a line, which may hold Rich's markup, above the bar."""
+        self.console.print(text, highlight=False, soft_wrap=True)

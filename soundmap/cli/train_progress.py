@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+from rich.markup import escape
+
 from soundmap.cli.bar import Bar
 from soundmap.train.journal import Listener
 
@@ -56,4 +58,4 @@ class TrainProgress(Bar, Listener):
 
     def noted(self, text: str) -> None:
         """Say something."""
-        self.say(text, markup=False)
+        self.say(escape(text))

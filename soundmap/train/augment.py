@@ -91,6 +91,10 @@ def recolour(pixels: Tensor, rng: torch.Generator, strength: float = 1.0) -> Ten
     return out.clamp_(0, 255)
 
 
+def _between(low: float, high: float, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=rng)
+
+
 def clear(
     pixels: Tensor, dark_rgb: tuple[int, int, int], share: float, rng: torch.Generator
 ) -> Tensor:
@@ -113,7 +117,7 @@ def clear(
     chosen = torch.nonzero(torch.rand(len(pixels), generator=rng) < share)[:, 0]
 
     def draw(low: float, high: float, channels: int = 1) -> Tensor:
-        return low + (high - low) * torch.rand((len(chosen), channels, 1, 1), generator=rng)
+        return _between(low, high, (len(chosen), channels, 1, 1), rng)
 
     # Corrections take more or less of each band: what is dark is not black in all of them.
     part = draw(0.4, 1.0) * draw(0.65, 1.1, 3)
@@ -136,8 +140,7 @@ def veil(pixels: Tensor, rng: torch.Generator) -> Tensor:
     """
 
     def draw(low: float, high: float, channels: int = 1) -> Tensor:
-        shape = (len(pixels), channels, 1, 1)
-        return low + (high - low) * torch.rand(shape, generator=rng)
+        return _between(low, high, (len(pixels), channels, 1, 1), rng)
 
     part = draw(0.0, 0.3)
     colour = draw(160, 220) + draw(-10, 10, 3)

@@ -119,12 +119,9 @@ def class_loss(logits: Tensor, match: Tensor, alpha: float = 0.1) -> Tensor:
     Tensor
         Scalar.
     """
-    by_row, by_column = F.log_softmax(logits, dim=1), F.log_softmax(logits, dim=0)
-    right = match.to(logits.dtype)
-    shares = by_row * (right / right.sum(1, keepdim=True))
-    shares = shares + by_column * (right / right.sum(0, keepdim=True))
-    loss = -shares.sum() / (2 * len(logits))
+    loss = match_loss(logits, match)
     if alpha:
+        by_row, by_column = F.log_softmax(logits, dim=1), F.log_softmax(logits, dim=0)
         evidence = -(by_row + by_column) / (2 * len(logits))
         loss = loss + alpha * (evidence * pseudo_matches(logits)).sum()
     return loss

@@ -270,40 +270,6 @@ def pixel_lonlat(gbox: GeoBox, col: Floats, row: Floats) -> tuple[Floats, Floats
     return np.where(lon == 180, -180.0, _within_180(lon)), lat
 
 
-def region_mask(geometry: BaseGeometry, gbox: GeoBox) -> Bools:
-    """Which cells have their centre in a region.
-
-    Parameters
-    ----------
-    geometry
-        Lon/lat polygons, cut at ±180. A centre on the outline is inside.
-    gbox
-        Any grid; it may run on over the 180th meridian.
-
-    Returns
-    -------
-    bool[H, W]
-    """
-    lon, lat = cell_lonlat(gbox)
-    known = np.isfinite(lon)
-    inside = np.zeros(lon.shape, dtype=bool)
-    if not known.any():
-        return inside
-    # A copy, because the first query builds an index inside the geometry, which other threads
-    # may be querying.
-    area = shapely.from_wkb(shapely.to_wkb(geometry))
-    shapely.prepare(area)
-    hull = shapely.box(lon[known].min(), lat[known].min(), lon[known].max(), lat[known].max())
-    if shapely.covers(area, hull):
-        return known
-    seam = known & (lon == -180)
-    if shapely.intersects(area, hull):
-        inside[known] = shapely.intersects_xy(area, lon[known], lat[known])
-    if seam.any():
-        inside[seam] |= shapely.intersects_xy(area, 180.0, lat[seam])
-    return inside
-
-
 def region_bounds(geometry: BaseGeometry, crs: SomeCRS) -> BoundingBox:
     """Bounds of a lon/lat region in a CRS, with the bulge of edges that are curved there.
 

@@ -5,29 +5,32 @@ Reading is a step of its own, so that a runner can read the next unit while one 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import rasterio.warp
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 
+from soundmap.area import Area
 from soundmap.encoder import Conditions, Encoder
-from soundmap.grid import (
-    cell_lonlat,
-    crs_of,
-    pixel_lonlat,
-    project_lonlat,
-    region_mask,
-    utm_zone_key,
-)
+from soundmap.grid import cell_lonlat, pixel_lonlat, utm_zone_key
 from soundmap.lattice import Lattice, Span
 from soundmap.layout import cell_px_of, lattice_of
 from soundmap.plan import Plan, Unit
 from soundmap.scoring import ConceptBank, score
 from soundmap.sources.base import Image, Source
+from soundmap.warp import (
+    CARRIED_CELLS,
+    Places,
+    cells_under,
+    places_on,
+    span_under,
+    warp,
+    with_neighbours_of_gaps,
+)
 
 # A cell has imagery if at least this share of its pixels is valid.
 _LEAST_VALID = 0.5
@@ -37,9 +40,6 @@ _BATCH_PX = 640 * 64 * 64
 _SCORE_CELLS = 4096
 # Imagery validity is sampled so finely along a cell where cells are warped.
 _MASK_SAMPLES = 8
-# Cells this much larger than the model's are averaged, others interpolated.
-_AVERAGE_FROM = 1.5
-
 
 Vectors = NDArray[np.float32] | None
 
@@ -78,8 +78,9 @@ class Block:
     span: Span
     image: Image | None
     """Of the cells that the span's windows cover; None once they are encoded."""
-    chosen: NDArray[np.bool_] | None
-    """bool[h, w] over the unit's cells that this block is to fill; None: all of them."""
+    places: tuple[Places, ...] = ()
+    """Where the unit's cells lie on the lattice that this block is to fill; none if they are cells
+    of the lattice."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class UnitInput:
 
     blocks: tuple[Block, ...]
     wanted: NDArray[np.bool_]
-    """bool[h, w], False for cells off the region or, where cells are warped, off the imagery."""
+    """bool[h, w], False for cells off the region or, where cells are warped, off the imagery; no
+    block is read where none is wanted."""
     warped: bool
 
     def without_imagery(self) -> UnitInput:
@@ -104,25 +106,35 @@ def read_unit(job: Job, unit: Unit, encoder: Encoder) -> UnitInput:
     SourceError
         The imagery could not be read.
     """
-    region = job.plan.region
     wanted = np.ones(unit.cells.shape, bool)
-    if region.clip:
-        wanted = region_mask(region.geometry, unit.cells)
+    if job.plan.region.clip:
+        wanted = Area(job.plan.region.geometry).mask(unit.cells)
+    if not wanted.any():
+        return UnitInput((), wanted, True)
     direct = job.lattice.span_of(unit.cells) if job.lattice else None
     if job.lattice and direct:
-        return UnitInput((_read_block(job, encoder, job.lattice, direct, None),), wanted, False)
+        return UnitInput((_read_block(job, encoder, job.lattice, direct),), wanted, False)
     wanted &= _valid_cells(job.source, unit.cells)
     blocks = []
-    if wanted.any():
-        lon, lat = cell_lonlat(unit.cells)
-        if job.lattice:
-            blocks.append(_read_around(job, encoder, job.lattice, unit.cells, None))
-        else:
-            zones = utm_zone_key(lon, lat)
-            for zone in np.unique(zones[wanted]):
-                lattice = _zone_lattice(job, encoder, int(zone))
-                blocks.append(_read_around(job, encoder, lattice, unit.cells, zones == zone))
+    for lattice, chosen in _lattices(job, encoder, unit.cells, wanted):
+        block = _read_around(job, encoder, lattice, unit.cells, chosen)
+        if block is not None:
+            blocks.append(block)
     return UnitInput(tuple(blocks), wanted, True)
+
+
+def _lattices(
+    job: Job, encoder: Encoder, cells: GeoBox, wanted: NDArray[np.bool_]
+) -> Iterator[tuple[Lattice, NDArray[np.bool_]]]:
+    """Give the lattices that a unit's cells are warped from, and which cells from each."""
+    if not wanted.any():
+        return
+    if job.lattice:
+        yield job.lattice, wanted
+        return
+    zones = utm_zone_key(*cell_lonlat(cells))
+    for zone in np.unique(zones[wanted]):
+        yield _zone_lattice(job, encoder, int(zone)), wanted & (zones == zone)
 
 
 def encode_unit(job: Job, data: UnitInput, encoder: Encoder) -> list[Vectors]:
@@ -150,15 +162,13 @@ def score_unit(
     """
     if not data.warped:
         return None if encoded[0] is None else _scored(encoded[0], job)
-    result = np.full((len(job.bank), *unit.cells.shape), np.nan, np.float32)
+    rows, cols = unit.cells.shape
+    result = np.full((len(job.bank), rows * cols), np.nan, np.float32)
     for block, vectors in zip(data.blocks, encoded, strict=True):
-        if vectors is None:
-            continue
-        values = _spread(_scored(vectors, job))
-        warped = _warp(values, block.lattice.cells(block.span), unit.cells)
-        chosen = data.wanted if block.chosen is None else data.wanted & block.chosen
-        result[:, chosen] = warped[:, chosen]
-    return None if np.isnan(result).all() else result
+        if vectors is not None:
+            values, cells = warp(_scored(vectors, job), block.span, block.places)
+            result[:, cells] = values
+    return None if np.isnan(result).all() else result.reshape(-1, rows, cols)
 
 
 def _scored(vectors: NDArray[np.float32], job: Job) -> NDArray[np.float32]:
@@ -182,7 +192,7 @@ def encode_block(
     block
         Imagery.
     wanted
-        bool[h, w], cells to embed; None: all.
+        bool[h, w], cells to embed; None: all, or where they are warped those that are needed.
 
     Returns
     -------
@@ -194,11 +204,13 @@ def encode_block(
     tiling = lattice.tiling(span)
     covered, (height, width), px = tiling.covered, tiling.shape, lattice.cell_px
     rows, cols = covered.shape
-    valid = image.valid.reshape(rows, px, cols, px).mean(axis=(1, 3)) >= _LEAST_VALID
+    valid = _valid_share(image.valid, px)
     inner = (
         slice(span.row0 - covered.row0, span.row1 - covered.row0),
         slice(span.col0 - covered.col0, span.col1 - covered.col0),
     )
+    if block.places:
+        wanted = with_neighbours_of_gaps(cells_under(block.places, span), valid[inner])
     needed = np.zeros_like(valid)
     needed[inner] = valid[inner] if wanted is None else valid[inner] & wanted
     if not needed.any():
@@ -251,6 +263,13 @@ def encode_block(
     if not needed[inner].all():
         result[~needed[inner]] = np.nan
     return result
+
+
+def _valid_share(valid: NDArray[np.bool_], px: int) -> NDArray[np.bool_]:
+    """Tell which cells have imagery: bool[H, W] of pixels to bool[H / px, W / px]."""
+    rows, cols = (size // px for size in valid.shape)
+    share = valid.reshape(rows, px, cols, px).mean(axis=(1, 3))
+    return np.asarray(share >= _LEAST_VALID)
 
 
 def _core(counted: NDArray[np.bool_]) -> tuple[slice, slice]:
@@ -338,36 +357,34 @@ def extend_edges(image: Image, reach_px: int, beyond: tuple[int, int, int]) -> I
 
 
 def _read_block(
-    job: Job, encoder: Encoder, lattice: Lattice, span: Span, chosen: NDArray[np.bool_] | None
+    job: Job, encoder: Encoder, lattice: Lattice, span: Span, places: tuple[Places, ...] = ()
 ) -> Block:
     pixels = lattice.pixels(lattice.tiling(span).covered)
     # As the crops were resized that such a model was trained on.
     image = job.source.read(pixels, "cubic") if encoder.spec.resized else job.source.read(pixels)
-    return Block(lattice, span, image, chosen)
+    return Block(lattice, span, image, places)
 
 
 def _read_around(
-    job: Job,
-    encoder: Encoder,
-    lattice: Lattice,
-    cells: GeoBox,
-    chosen: NDArray[np.bool_] | None,
-) -> Block:
-    """Read what lies under cells of another grid, with a cell to spare for interpolation."""
-    corners = cells.pad(1)
-    keep = np.zeros(corners.shape, bool)
-    if chosen is None:
-        keep[[0, -1], :] = keep[:, [0, -1]] = True
-    else:
-        keep = np.asarray(sliding_window_view(np.pad(chosen, 2), (3, 3)).any(axis=(2, 3)))
-    lon, lat = cell_lonlat(corners)
-    keep &= np.isfinite(lon) & np.isfinite(lat)
-    xy = project_lonlat(lattice.crs, lon[keep], lat[keep])
-    xy = xy[np.isfinite(xy).all(axis=1)]
-    left, bottom = xy.min(axis=0)
-    right, top = xy.max(axis=0)
-    span = lattice.span_covering(left, bottom, right, top).grown(1)
-    return _read_block(job, encoder, lattice, span, chosen)
+    job: Job, encoder: Encoder, lattice: Lattice, cells: GeoBox, chosen: NDArray[np.bool_]
+) -> Block | None:
+    """Read what lies under cells of another grid; None if they have no place on the lattice."""
+    places = places_on(lattice, cells, chosen)
+    span = span_under(places)
+    if span is None:
+        return None
+    block = _read_block(job, encoder, lattice, span, places)
+    assert block.image is not None
+    covered = lattice.tiling(span).covered
+    inner = (
+        slice(span.row0 - covered.row0, span.row1 - covered.row0),
+        slice(span.col0 - covered.col0, span.col1 - covered.col0),
+    )
+    valid = _valid_share(block.image.valid, lattice.cell_px)[inner]
+    if valid[cells_under(places, span)].all():
+        return block
+    # At the imagery's edge values are carried out of cells that no other cell needs.
+    return _read_block(job, encoder, lattice, span.grown(CARRIED_CELLS), places)
 
 
 def _zone_lattice(job: Job, encoder: Encoder, zone: int) -> Lattice:
@@ -379,68 +396,4 @@ def _valid_cells(source: Source, cells: GeoBox) -> NDArray[np.bool_]:
     """Tell which cells have imagery under at least half of them."""
     rows, cols = cells.shape
     n = _MASK_SAMPLES
-    fine = source.read(cells.zoom_to((rows * n, cols * n))).valid
-    share = fine.reshape(rows, n, cols, n).mean(axis=(1, 3))
-    return np.asarray(share >= _LEAST_VALID)
-
-
-def _spread(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Carry values two cells out over the imagery's edge, for cells that are half beyond it."""
-    out = values.copy()
-    for _ in range(2):
-        padded = np.pad(out, ((0, 0), (1, 1), (1, 1)), constant_values=np.nan)
-        near = sliding_window_view(padded, (3, 3), axis=(1, 2))
-        known = np.isfinite(near)
-        count = known.sum(axis=(3, 4))
-        total = np.where(known, near, 0).sum(axis=(3, 4))
-        fill = np.isnan(out) & (count > 0)
-        out[fill] = total[fill] / count[fill]
-    return out
-
-
-def _warp(values: NDArray[np.float32], grid: GeoBox, cells: GeoBox) -> NDArray[np.float32]:
-    """Bring scores from the model's cells to those of the map.
-
-    Every place is projected exactly, so that a cell's number does not depend on what else is
-    warped with it: GDAL approximates along a row, and differently for each row's length.
-    """
-    height, width = cells.shape
-    x, y = cells.affine * (width / 2, height / 2)
-    to_grid = rasterio.warp.transform(cells.crs, grid.crs, [x, x + cells.affine.a], [y, y])
-    ratio = np.hypot(*np.diff(to_grid, axis=1)[:, 0]) / grid.affine.a
-    # Larger cells are the mean over places as close as the model's own cells.
-    n = int(np.ceil(ratio)) if ratio > _AVERAGE_FROM else 1
-    lon, lat = cell_lonlat(cells.zoom_to((height * n, width * n)))
-    xy = project_lonlat(crs_of(grid), lon.ravel(), lat.ravel())
-    a, _, c, _, e, f, *_ = ~grid.affine
-    col, row = a * xy[:, 0] + c - 0.5, e * xy[:, 1] + f - 0.5
-    fine = _bilinear(values, row, col).reshape(-1, height, n, width, n)
-    known = np.isfinite(fine)
-    count = known.sum(axis=(2, 4))
-    total = np.where(known, fine, 0).sum(axis=(2, 4))
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
-
-
-def _bilinear(
-    values: NDArray[np.float32], row: NDArray[np.float64], col: NDArray[np.float64]
-) -> NDArray[np.float32]:
-    """Interpolate float32[C, H, W] at fractional cell centres: float32[C, N], from known cells."""
-    height, width = values.shape[1:]
-    known_at = np.isfinite(row) & np.isfinite(col)
-    row0 = np.floor(np.where(known_at, row, -9)).astype(np.int64)
-    col0 = np.floor(np.where(known_at, col, -9)).astype(np.int64)
-    total = np.zeros((len(values), len(row)), np.float32)
-    weights = np.zeros(len(row), np.float32)
-    for down in (0, 1):
-        for right in (0, 1):
-            r, c = row0 + down, col0 + right
-            inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-            r, c = np.where(inside, r, 0), np.where(inside, c, 0)
-            near = (1 - np.abs(row - r)) * (1 - np.abs(col - c))
-            known = inside & np.isfinite(values[0, r, c])
-            weight = np.where(known, near, 0).astype(np.float32)
-            total += np.where(known, values[:, r, c], 0) * weight
-            weights += weight
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result: NDArray[np.float32] = np.where(weights > 0, total / weights, np.float32(np.nan))
-    return result
+    return _valid_share(source.read(cells.zoom_to((rows * n, cols * n))).valid, n)

@@ -17,6 +17,7 @@ from odc.geo.geom import BoundingBox
 from pyproj import Geod
 from rasterio.warp import transform_bounds
 
+from soundmap.area import Area
 from soundmap.errors import InputError, UsageError
 from soundmap.grid import (
     block,
@@ -28,7 +29,6 @@ from soundmap.grid import (
     metres_per_unit,
     project_lonlat,
     region_bounds,
-    region_mask,
     snap_grid,
     utm_zone_key,
     x_period,
@@ -384,7 +384,7 @@ class TestBounds:
 class TestMask:
     def test_a_triangle(self) -> None:
         triangle = shapely.Polygon([(0, 0), (4, 0), (0, 4)])
-        mask = region_mask(triangle, GeoBox((4, 4), Affine(1, 0, 0, 0, -1, 4), "EPSG:4326"))
+        mask = Area(triangle).mask(GeoBox((4, 4), Affine(1, 0, 0, 0, -1, 4), "EPSG:4326"))
         assert mask.tolist() == [
             [True, False, False, False],
             [True, True, False, False],
@@ -398,7 +398,7 @@ class TestMask:
         region = region_from_bbox(178, -1, -178, 1)
         (x0, _), (x1, _) = project_lonlat(crs, [left, left + 1], [0, 0])
         grid = GeoBox((1, 6), Affine(x1 - x0, 0, x0, 0, -1, 0), crs)
-        assert region_mask(region.geometry, grid).tolist() == [[False, *[True] * 4, False]]
+        assert Area(region.geometry).mask(grid).tolist() == [[False, *[True] * 4, False]]
 
     @pytest.mark.parametrize("box", [(170, 0, 180, 1), (-180, 0, -170, 1), (175, 0, 185, 1)])
     @pytest.mark.parametrize("left", [179.5, -180.5])
@@ -406,16 +406,16 @@ class TestMask:
         self, box: tuple[float, float, float, float], left: float
     ) -> None:
         grid = GeoBox((1, 1), Affine(1, 0, left, 0, -1, 1), "EPSG:4326")
-        assert region_mask(region_from_bbox(*box).geometry, grid).all()
+        assert Area(region_from_bbox(*box).geometry).mask(grid).all()
 
     def test_off_the_earth_is_off_the_region(self) -> None:
         grid = GeoBox((2, 1), Affine(1, 0, 0, 0, -1, 91), "EPSG:4326")
         globe = region_from_bbox(-180, -90, 180, 90).geometry
-        assert region_mask(globe, grid).tolist() == [[False], [True]]
+        assert Area(globe).mask(grid).tolist() == [[False], [True]]
 
     def test_the_pole_is_covered(self) -> None:
         grid = GeoBox((10, 10), Affine(2e4, 0, 1.9e6, 0, -2e4, 2.1e6), "EPSG:32661")
-        assert region_mask(region_from_bbox(-180, 85, 180, 90).geometry, grid).all()
+        assert Area(region_from_bbox(-180, 85, 180, 90).geometry).mask(grid).all()
 
     @given(
         centre=st.tuples(st.floats(-180, 180), st.floats(-80, 80)),
@@ -429,9 +429,9 @@ class TestMask:
         disc = split_antimeridian(shapely.Point(centre).buffer(radius))
         crs = local_metric_crs(*centre)
         grid = snap_grid(region_bounds(disc, crs), radius * 111_000 / 10)
-        mask = region_mask(disc, grid)
+        mask = Area(disc).mask(grid)
         assert mask.any()
         rows, cols = grid.shape
         cut = min(cut, rows - 1)
-        part = region_mask(disc, block(grid, cut, rows, 0, cols))
+        part = Area(disc).mask(block(grid, cut, rows, 0, cols))
         assert (part == mask[cut:]).all()

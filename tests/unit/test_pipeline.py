@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
-from soundmap.grid import cell_lonlat, region_mask
+from soundmap.area import Area
+from soundmap.grid import cell_lonlat
 from soundmap.lattice import stride_of, taper
 from soundmap.pipeline import cut_windows, extend_edges
 from soundmap.region import Region, region_from_bbox
@@ -345,7 +346,7 @@ def test_clipped_polygon(make_encoder: Any, references: Any) -> None:
     encoder = make_encoder()
     job = make_job(FakeSource(scene()[0], GRID, scene()[1]), encoder, region=region, unit_cells=5)
     found = compute(job, encoder)
-    inside = region_mask(triangle, job.plan.grid)
+    inside = Area(triangle).mask(job.plan.grid)
     assert 0.2 < inside.mean() < 0.8
     corner = ~(GRID.affine * Affine.scale(8)) * (job.plan.grid.affine.c, job.plan.grid.affine.f)
     col, row = (round(v) for v in corner)

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 
+from soundmap.area import Area
 from soundmap.errors import InputError, UsageError
 from soundmap.grid import (
     cell_lonlat,
     local_metric_crs,
     project_lonlat,
     region_bounds,
-    region_mask,
     snap_grid,
     x_period,
 )
@@ -151,7 +151,7 @@ class TestEveryCellOnce:
         plan = make_plan(region, grid, unit)
         count = times_planned(plan)
         assert count.max() == 1  # never twice, and a region always has a unit
-        assert (count[region_mask(region.geometry, grid)] == 1).all()
+        assert (count[Area(region.geometry).mask(grid)] == 1).all()
         # Not only centres: any place in the box lies in a planned cell.
         share = np.array([0.01, 0.25, 0.5, 0.75, 0.99])
         lon, lat = np.meshgrid(
@@ -185,7 +185,7 @@ class TestEveryCellOnce:
         plan = make_plan(region, grid, unit)
         count = times_planned(plan)
         assert count.max() <= 1
-        assert (count[region_mask(geometry, grid)] == 1).all()
+        assert (count[Area(geometry).mask(grid)] == 1).all()
         if system != "EPSG:4326":
             return
         # In degrees it is plain which units the polygon touches: no other is planned.
@@ -239,7 +239,7 @@ class TestTouching:
         corner = region_from_bbox(15.0, 45.153, 15.0012, 45.1538)  # north-western
         (unit,) = make_plan(corner, grid, 10).units
         lon, lat = cell_lonlat(unit.cells)
-        assert region_mask(corner.geometry, unit.cells).any()
+        assert Area(corner.geometry).mask(unit.cells).any()
         assert lon.max() < 15.0015
         assert lat.min() > 45.15
 
@@ -257,7 +257,7 @@ class TestTouching:
         grid = snap_grid(region_bounds(region.geometry, "EPSG:32633"), 100)
         plan = make_plan(region, grid, 4)
         count = times_planned(plan)
-        assert (count[region_mask(region.geometry, grid)] == 1).all()
+        assert (count[Area(region.geometry).mask(grid)] == 1).all()
         assert count[-4:, :40].max() == 0  # below the south-western corner is nothing
 
     def test_a_full_disc(self) -> None:
@@ -276,7 +276,7 @@ class TestTouching:
         grid = snap_grid(region_bounds(region.geometry, "EPSG:32633"), 500)
         plan = make_plan(region, grid, 16)
         count = times_planned(plan)
-        mask = region_mask(region.geometry, grid)
+        mask = Area(region.geometry).mask(grid)
         assert count.max() == 1
         assert (count[mask] == 1).all()
         assert 0.45 < mask.mean() < count.mean() < 0.75

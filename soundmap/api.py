@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import odc.geo.xr  # noqa: F401  (gives arrays their .odc)
+from numpy.typing import NDArray
 
 from soundmap import __version__
 from soundmap.concepts import choose_concepts
@@ -23,12 +24,11 @@ from soundmap.encoder import (
 )
 from soundmap.encoder.base import check_conditions
 from soundmap.errors import InputError, RunFailed, SoundmapError, UsageError
-from soundmap.grid import crs_of
-from soundmap.lattice import Span
-from soundmap.layout import Layout, cell_px_of, choose_layout, lattice_of
+from soundmap.estimate import Estimate, estimate, with_time
+from soundmap.layout import Layout, choose_layout
 from soundmap.pipeline import Job
-from soundmap.plan import Estimate, Plan, estimate, make_plan
-from soundmap.region import Region, region_from_bbox, region_from_file
+from soundmap.plan import Plan, make_plan
+from soundmap.region import Region, region_from_bbox, region_from_file, region_of_globe
 from soundmap.request import DETAILS, DTYPES, Listener, Request
 from soundmap.runner import Cluster, UnitReport, connect, run_here, run_on_cluster
 from soundmap.scoring import FORMULAS, ConceptBank, choose_value
@@ -52,8 +52,8 @@ from soundmap.stores.zarr_store import Status, ZarrStore
 if TYPE_CHECKING:
     import xarray as xr
 
-# In so few units the windows are counted one by one.
-_COUNTED_UNITS = 64
+# The region that is no file; a file of that name is ./globe.
+_GLOBE = "globe"
 # Most cells along a side of a picture's panel: more would not be seen.
 _PICTURE_CELLS = 660
 
@@ -78,6 +78,8 @@ def predict(
     *,
     bbox: tuple[float, float, float, float] | None = None,
     region: str | Path | None = None,
+    where: str | None = None,
+    mask: str | Path | None = None,
     model: str = DEFAULT_MODEL,
     concepts: str | Sequence[str] | None = None,
     text: Sequence[str] = (),
@@ -108,7 +110,11 @@ def predict(
     bbox
         West, south, east, north in degrees; west > east crosses the 180th meridian.
     region
-        A polygon file, ``FILE[:layer]``. With neither, all of the imagery.
+        A polygon file, ``FILE[:layer]``, or "globe". With neither, all of the imagery.
+    where
+        Which features of that file, as in SQL: ``NAME = 'Portugal'``.
+    mask
+        A polygon file, ``FILE[:layer]``, such as of land: what lies off it is not even read.
     model
         A bundled or installed name, the folder of a model, or a published checkpoint.
     concepts
@@ -173,6 +179,8 @@ def predict(
             imagery=None if imagery is None else str(imagery),
             bbox=bbox,
             region=None if region is None else str(region),
+            where=where,
+            mask=None if mask is None else str(mask),
             model=model,
             concepts=concepts,
             text=tuple(text),
@@ -202,6 +210,9 @@ def predict(
 def run(request: Request, listener: Listener | None = None) -> Request:
     """Map what a request asks for; a stopped run of the same settings goes on where it was.
 
+    With ``dry_run``, all is checked and the listener is told what the run would take; nothing is
+    computed or written.
+
     Returns
     -------
     Request
@@ -224,6 +235,9 @@ def run(request: Request, listener: Listener | None = None) -> Request:
         request = replace(request, value=parts.value)
         cost = _cost(parts, request)
         check_room(request.out, cost.bytes_out)
+        listener.estimated(cost, parts.layout)
+        if request.dry_run:
+            return request
         rows, cols = (-(-n // parts.plan.unit_cells) for n in parts.plan.grid.shape)
         schema = _schema(request, parts)
         store = begin(request.out, schema, (rows, cols), request.overwrite)
@@ -273,9 +287,9 @@ def _compute(
         listener.reported(report)
 
     if cluster:
-        run_on_cluster(cluster, job, left, on_report)
+        run_on_cluster(cluster, job, left.tolist(), on_report)
     else:
-        run_here(job, [plan.units[i] for i in left], parts.encoder, on_report)
+        run_here(job, plan.units.at(left), parts.encoder, on_report)
     missing = len(_left(store, plan))
     done = bool((store.status() == Status.DONE).any())
     if missing:
@@ -291,11 +305,11 @@ def _compute(
         )
 
 
-def _left(store: ZarrStore, plan: Plan) -> list[int]:
-    """Positions of the units that are neither done nor empty."""
-    status = store.status()
-    settled = (Status.DONE, Status.EMPTY)
-    return [i for i, (r, c) in enumerate(plan.units.indices) if status[r, c] not in settled]
+def _left(store: ZarrStore, plan: Plan) -> NDArray[np.int64]:
+    """Positions of the units that are neither done nor empty: int64[N]."""
+    rows, cols = plan.units.indices.T
+    settled = np.isin(store.status()[rows, cols], (Status.DONE, Status.EMPTY))
+    return np.flatnonzero(~settled)
 
 
 def _prepare(request: Request) -> _Parts:
@@ -337,9 +351,11 @@ def _prepare(request: Request) -> _Parts:
         "windows": repr(layout.lattice and (layout.lattice.cell, layout.lattice.anchor)),
     } | {f"imagery {key}": text for key, text in source.info.facts.items()}
     facts |= given.facts() | own
-    plan = make_plan(layout.region, layout.grid, layout.unit_cells, facts)
+    mask = None if request.mask is None else region_from_file(request.mask)
+    plan = make_plan(layout.region, layout.grid, layout.unit_cells, facts, mask)
     if not len(plan.units):
-        raise InputError(f"the region ({layout.region.label}) lies off the imagery")
+        off = f"the mask {mask.label}" if mask else "the imagery"
+        raise InputError(f"the region ({layout.region.label}) lies off {off}")
     return _Parts(value, source, card, encoder, bank, layout, plan)
 
 
@@ -351,30 +367,30 @@ def _model_reference(model: str, card: ModelCard) -> str:
 def _region(request: Request) -> Region | None:
     if request.bbox is not None and request.region is not None:
         raise UsageError("--bbox and --region both say where to map: give one of them")
+    if request.where is not None and request.region in (None, _GLOBE):
+        raise UsageError("--where chooses features of a --region FILE: name the file as well")
     if request.bbox is not None:
         return region_from_bbox(*request.bbox)
-    return None if request.region is None else region_from_file(request.region)
+    if request.region == _GLOBE:
+        return region_of_globe()
+    return None if request.region is None else region_from_file(request.region, request.where)
 
 
 def _cost(parts: _Parts, request: Request) -> Estimate:
-    layout, spec = parts.layout, parts.encoder.spec
-    own_cell_m = cell_px_of(spec, request.detail) * layout.reading.gsd_m
-    lattice = lattice_of(spec, request.detail, crs_of(layout.grid), (1.0, 1.0), (0.0, 0.0))
-    side = max(1, round(layout.unit_cells * layout.cell_m / own_cell_m))
+    encoder, layout = parts.encoder, parts.layout
     cost = estimate(
         parts.plan,
-        concepts=len(parts.bank),
-        dtype_bytes=4 if request.dtype == "float32" else 1,
-        windows_per_unit=len(lattice.tiling(Span(0, side, 0, side)).corners),
+        layout,
+        encoder.spec,
+        encoder.dim,
+        request.detail,
+        len(parts.bank),
+        request.dtype,
     )
-    if len(parts.plan.units) > _COUNTED_UNITS or not layout.lattice:
+    if request.scheduler:
+        # How fast other machines are shows once they have done something.
         return cost
-    spans = [layout.lattice.span_of(unit.cells) for unit in parts.plan.units]
-    if not all(spans):
-        return cost
-    # Few units are cut off by the map's edge, where windows stand over: counted, not guessed.
-    windows = sum(len(layout.lattice.tiling(span).corners) for span in spans if span)
-    return replace(cost, windows=windows)
+    return with_time(cost, encoder, request.detail, request.conditions, layout.reading.told_m)
 
 
 def _schema(request: Request, parts: _Parts) -> MapSchema:

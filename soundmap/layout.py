@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import shapely
 from affine import Affine
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
@@ -13,17 +14,29 @@ from pyproj.exceptions import CRSError
 
 from soundmap.encoder import InputSpec, Reading
 from soundmap.errors import InputError, UsageError
-from soundmap.grid import is_locally_metric, metres_per_unit, region_bounds, snap_grid
+from soundmap.grid import (
+    crs_of,
+    is_locally_metric,
+    metres_per_unit,
+    region_bounds,
+    snap_grid,
+    x_period,
+)
 from soundmap.lattice import Lattice, stride_of
-from soundmap.region import Region, region_from_geobox
+from soundmap.region import Region, polygons_of, region_from_geobox
 from soundmap.sources.base import SourceInfo
 
 # A window of 64 such pixels is wider than 60 km: no model could name the sound of that.
 _COARSEST_GSD_M = 1000.0
+# Imagery that covers this share of the way around the globe is taken to go all around.
+_AROUND = 0.95
+# Cells whose sides differ by no more than this share of what was asked are true.
+_TRUE = 0.02
 # Imagery held at once for a unit, pixels along one side.
 _UNIT_PX = 2048
 _MOST_UNIT_CELLS = 512
-_LEAST_UNIT_CELLS = 16
+# So that a map of all land, a cell per window, has fewer than a hundred thousand units.
+_LEAST_UNIT_CELLS = 24
 # Windows of models whose patches need all of their window overlap: with units of so many windows a
 # side, those that straddle a border and are encoded twice are few.
 _WINDOWS_PER_UNIT = 18
@@ -45,7 +58,10 @@ class Layout:
     unit_cells: int
     """Side of a unit of work in cells."""
     cell_m: float
-    """Ground metres along a cell."""
+    """Ground metres along a cell, as asked for or as the model has it."""
+    ground_m: tuple[float, float]
+    """Ground metres across and along a cell in the middle of the map; elsewhere a CRS of degrees
+    has narrower or wider ones."""
 
 
 def parse_crs(text: str) -> CRS:
@@ -155,33 +171,24 @@ def choose_layout(
     own = out_crs == native.crs
     anchor = _corner(native) if own else (0.0, 0.0)
     bounds = _imagery_bounds(native, out_crs, info.name)
+    part = None if region is None else _part_of(region, native, out_crs, bounds, info.name)
     if own and resolution_m is None:
-        factor = own_cell_m / info.native_gsd_m
-        if not spec.resized:
-            factor = max(1, round(factor))
-        cell = tuple(size * factor for size in _pixel_size(native))
+        cell = _own_cell(info, own_cell_m, spec)
     else:
-        centre = (bounds.left + bounds.right) / 2, (bounds.bottom + bounds.top) / 2
-        if region is not None:
-            part = region_bounds(region.geometry, out_crs)
-            centre = (part.left + part.right) / 2, (part.bottom + part.top) / 2
-        across, along = metres_per_unit(out_crs, *centre)
-        if not (math.isfinite(across) and math.isfinite(along)):
-            raise UsageError(
-                f"--crs {crs} does not reach the region: choose one made for the place"
-            )
-        cell = cell_m / across, cell_m / along
-    grid = _snap(bounds, (cell[0], cell[1]), anchor, "nearest" if own else "cover")
-    if region is not None:
-        asked = _snap(region_bounds(region.geometry, out_crs), (cell[0], cell[1]), anchor, "cover")
-        grid = _common(asked, grid, region, info.name)
+        cell = _cell_of_size(cell_m, part or bounds, crs, out_crs)
+    if _goes_around(bounds) and not is_locally_metric(part or bounds):
+        # Else the cells on either side of the seam would be counted from different lines.
+        period = x_period(out_crs) or cell[0]
+        cell = period / max(1, round(period / cell[0])), cell[1]
+    grid = _snap(bounds, cell, anchor, "nearest" if own else "cover")
+    if region is not None and part is not None:
+        grid = _common(_snap(part, cell, anchor, "cover"), grid, region, info.name)
 
     lattice = None
     if is_locally_metric(grid):
-        if own and resolution_m is None:
-            own_cell = (cell[0], cell[1])
-        else:
-            own_cell = (own_cell_m / cell_m * cell[0], own_cell_m / cell_m * cell[1])
+        own_cell = cell
+        if not own or resolution_m is not None:
+            own_cell = own_cell_m / cell_m * cell[0], own_cell_m / cell_m * cell[1]
         lattice = lattice_of(spec, detail, out_crs, own_cell, anchor)
     side = int(_unit_px(spec, detail) * reading.gsd_m / cell_m)
     return Layout(
@@ -191,7 +198,82 @@ def choose_layout(
         reading=reading,
         unit_cells=min(_MOST_UNIT_CELLS, max(_LEAST_UNIT_CELLS, side)),
         cell_m=cell_m,
+        ground_m=_ground_m(grid),
     )
+
+
+def _part_of(
+    region: Region, native: GeoBox, crs: CRS, imagery: BoundingBox, name: str
+) -> BoundingBox:
+    """Bounds of the part of a region that has imagery, on the turn of the globe that this is on.
+
+    Far from the imagery its CRS may show nothing, or fold: a region's other end does not count.
+    """
+    footprint = region_from_geobox(native, name).geometry
+    here = polygons_of(shapely.intersection(region.geometry, footprint))
+    if here.is_empty:
+        raise _off(region, name)
+    bounds = region_bounds(here, crs)
+    period = x_period(crs)
+    if period is None:
+        return bounds
+    middle = (bounds.left + bounds.right) / 2, (imagery.left + imagery.right) / 2
+    turn = period * round((middle[1] - middle[0]) / period)
+    if _goes_around(imagery):
+        # Imagery on both sides of the seam: the part lies in one piece, at its own place.
+        turn = 0.0
+    return BoundingBox(bounds.left + turn, bounds.bottom, bounds.right + turn, bounds.top, crs)
+
+
+def _goes_around(bounds: BoundingBox) -> bool:
+    """Whether imagery reaches (nearly) around the globe, where this shows in its CRS."""
+    period = x_period(crs_of(bounds))
+    return period is not None and bounds.span_x > _AROUND * period
+
+
+def _own_cell(info: SourceInfo, own_cell_m: float, spec: InputSpec) -> tuple[float, float]:
+    """Width and height of the model's cells in the imagery's own CRS.
+
+    They are whole pixels where that keeps them square on the ground.
+    """
+    native = info.native_grid
+    assert native is not None
+    width, height = _pixel_size(native)
+    middle = native.boundingbox
+    centre = (middle.left + middle.right) / 2, (middle.bottom + middle.top) / 2
+    across, along = metres_per_unit(crs_of(native), *centre)
+    if not abs(across / along - 1) > _TRUE:
+        # Alike in both directions, or unknown.
+        factor = own_cell_m / info.native_gsd_m
+        if not spec.resized:
+            factor = max(1, round(factor))
+        return width * factor, height * factor
+    factors = own_cell_m / (width * across), own_cell_m / (height * along)
+    whole = tuple(max(1, round(factor)) for factor in factors)
+    if all(abs(w / f - 1) <= _TRUE for w, f in zip(whole, factors, strict=True)):
+        factors = whole[0], whole[1]
+    return width * factors[0], height * factors[1]
+
+
+def _cell_of_size(
+    cell_m: float, place: BoundingBox, crs_name: str, crs: CRS
+) -> tuple[float, float]:
+    """Width and height in CRS units of a cell so many ground metres wide in a place's middle."""
+    middle = (place.left + place.right) / 2, (place.bottom + place.top) / 2
+    across, along = metres_per_unit(crs, *middle)
+    if not (math.isfinite(across) and math.isfinite(along)):
+        raise UsageError(
+            f"--crs {crs_name} does not reach the region: choose one made for the place"
+        )
+    return cell_m / across, cell_m / along
+
+
+def _ground_m(grid: GeoBox) -> tuple[float, float]:
+    """Ground metres across and along a cell in the middle of a grid."""
+    bounds = grid.boundingbox
+    middle = (bounds.left + bounds.right) / 2, (bounds.bottom + bounds.top) / 2
+    across, along = metres_per_unit(crs_of(grid), *middle)
+    return grid.affine.a * across, -grid.affine.e * along
 
 
 def _mapped(region: Region | None, grid: GeoBox, native: GeoBox, name: str) -> Region:
@@ -258,12 +340,19 @@ def _common(asked: GeoBox, imagery: GeoBox, region: Region, name: str) -> GeoBox
     a, b = asked.boundingbox, imagery.boundingbox
     width, height = asked.affine.a, -asked.affine.e
     left, right = max(a.left, b.left), min(a.right, b.right)
+    if _goes_around(b):
+        # The same imagery comes again on either side.
+        left, right = a.left, a.right
     bottom, top = max(a.bottom, b.bottom), min(a.top, b.top)
     cols, rows = round((right - left) / width), round((top - bottom) / height)
     if cols < 1 or rows < 1:
-        raise InputError(
-            f"the region ({region.label}) lies off the imagery {name}: `rio info --bounds` or "
-            "`gdalinfo` shows what the imagery covers"
-        )
+        raise _off(region, name)
     # The corner is taken from a grid line, not computed anew, so that it agrees to the last bit.
     return GeoBox((rows, cols), Affine(width, 0, left, 0, -height, top), asked.crs)
+
+
+def _off(region: Region, name: str) -> InputError:
+    return InputError(
+        f"the region ({region.label}) lies off the imagery {name}: `rio info --bounds` or "
+        "`gdalinfo` shows what the imagery covers"
+    )

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 
-from soundmap.area import Area
 from soundmap.encoder import Conditions, Encoder
 from soundmap.grid import cell_lonlat, pixel_lonlat, utm_zone_key
 from soundmap.lattice import Lattice, Span
@@ -107,8 +106,8 @@ def read_unit(job: Job, unit: Unit, encoder: Encoder) -> UnitInput:
         The imagery could not be read.
     """
     wanted = np.ones(unit.cells.shape, bool)
-    if job.plan.region.clip:
-        wanted = Area(job.plan.region.geometry).mask(unit.cells)
+    if job.plan.area is not None:
+        wanted = job.plan.area.mask(unit.cells)
     if not wanted.any():
         return UnitInput((), wanted, True)
     direct = job.lattice.span_of(unit.cells) if job.lattice else None
@@ -234,7 +233,7 @@ def encode_block(
         middle = corners + np.array([height, width]) / 2
         places = np.stack(pixel_lonlat(lattice.cells(covered), middle[:, 1], middle[:, 0]), 1)
     given = job.conditions
-    batch_size = max(1, _BATCH_PX // (height * width * px * px))
+    batch_size = batch_of(height * width * px * px)
     for start in range(0, len(corners), batch_size):
         batch = corners[start : start + batch_size]
         pixels = cut_windows(image, batch * px, (height * px, width * px))
@@ -263,6 +262,11 @@ def encode_block(
     if not needed[inner].all():
         result[~needed[inner]] = np.nan
     return result
+
+
+def batch_of(window_px: int) -> int:
+    """How many windows of so many pixels are encoded at once."""
+    return max(1, _BATCH_PX // window_px)
 
 
 def _valid_share(valid: NDArray[np.bool_], px: int) -> NDArray[np.bool_]:

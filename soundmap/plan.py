@@ -17,9 +17,11 @@ from typing import Any, overload
 import numpy as np
 import shapely
 from numpy.typing import NDArray
+from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 from shapely.geometry.base import BaseGeometry
 
+from soundmap.area import Area
 from soundmap.errors import InputError, UsageError
 from soundmap.grid import (
     block,
@@ -31,7 +33,7 @@ from soundmap.grid import (
     within_map,
     x_period,
 )
-from soundmap.region import Region, region_from_geobox
+from soundmap.region import Region, polygons_of, region_from_geobox
 
 # In cells: how closely curved outlines are followed, and by how much units are widened for it.
 _CURVE_TOLERANCE = 0.02
@@ -42,6 +44,7 @@ _EDGE_SAMPLES = 48
 # In degrees: beyond it the inside and the outside of an outline can be mistaken for each other.
 _HEMISPHERE = 80.0
 _MAX_ROUNDS = 20
+_LONLAT = CRS("EPSG:4326")
 _MAX_NEW_POINTS = 2_000_000
 
 Floats = NDArray[np.float64]
@@ -99,6 +102,10 @@ class UnitSequence(Sequence[Unit]):
         cells = block(self._grid, row0, row1, col0, col1)
         return Unit((row, col), row0, row1, col0, col1, cells)
 
+    def at(self, positions: Ints) -> UnitSequence:
+        """Choose units by their positions, int64[M]."""
+        return UnitSequence(self._grid, self._unit_cells, self._indices[positions])
+
     def __iter__(self) -> Iterator[Unit]:
         return (self[i] for i in range(len(self)))
 
@@ -115,31 +122,23 @@ class Plan:
     unit_cells: int
     """Side of a unit, in cells."""
     region: Region
-    """The area to map."""
+    """What was asked for, the mask aside."""
+    area: Area | None
+    """Cells whose centre lies outside are nodata; None: every cell of the units is wanted."""
     units: UnitSequence
-    """The units that the region touches; none if it lies off the grid."""
+    """The units that region and mask touch; none if they lie off the grid."""
     fingerprint: str
     """SHA-256, in hexadecimal, of ``facts``."""
     facts: Mapping[str, str]
     """All that decides the numbers: what the caller gave, and the geometry."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a plan will cost."""
-
-    units: int
-    """Tasks."""
-    cells: int
-    """Cells in all units, off the region too."""
-    windows: int
-    """Windows of imagery that the model sees."""
-    bytes_out: int
-    """Size of the output before compression."""
-
-
 def make_plan(
-    region: Region, grid: GeoBox, unit_cells: int, facts: Mapping[str, str] | None = None
+    region: Region,
+    grid: GeoBox,
+    unit_cells: int,
+    facts: Mapping[str, str] | None = None,
+    mask: Region | None = None,
 ) -> Plan:
     """Plan the units of a grid that a region touches.
 
@@ -153,11 +152,14 @@ def make_plan(
         Side of a unit in cells; at the grid's far edges units are cut off.
     facts
         What else decides the numbers (model, bank, source, options), as text.
+    mask
+        Where values are wanted within the region, such as land: units off it are left out, and
+        cells whose centre lies off it are nodata.
 
     Returns
     -------
     Plan
-        Without a unit if the region does not touch the grid.
+        Without a unit if the region does not touch the grid, or the mask not both.
 
     Raises
     ------
@@ -169,67 +171,56 @@ def make_plan(
     if unit_cells < 1:
         raise UsageError(f"a unit needs at least one cell, not {unit_cells}")
     crs_of(grid)
-    units = UnitSequence(grid, unit_cells, _touched(region.geometry, grid, unit_cells))
-    everything = _all_facts(facts or {}, grid, unit_cells, region)
-    return Plan(grid, unit_cells, region, units, _digest(everything), everything)
+    geometry: BaseGeometry = region.geometry
+    if mask is not None:
+        geometry = polygons_of(shapely.intersection(geometry, mask.geometry))
+    units = UnitSequence(grid, unit_cells, _touched(geometry, grid, unit_cells))
+    area = Area(geometry) if mask is not None or region.clip else None
+    everything = _all_facts(facts or {}, grid, unit_cells, region, mask)
+    return Plan(grid, unit_cells, region, area, units, _digest(everything), everything)
 
 
-def estimate(
-    plan: Plan, *, concepts: int, dtype_bytes: int = 4, windows_per_unit: float = 1
-) -> Estimate:
-    """Cost of a plan.
+def fingerprint_of(
+    facts: Mapping[str, str],
+    grid: GeoBox,
+    unit_cells: int,
+    region: Region,
+    mask: Region | None = None,
+) -> str:
+    """Identity of a run: SHA-256 over the facts, the grid, the unit size, the region and the mask.
 
-    Parameters
-    ----------
-    plan
-        The plan.
-    concepts
-        Output values per cell: concepts, times months and hours if there are any.
-    dtype_bytes
-        Bytes of one output value.
-    windows_per_unit
-        Windows of imagery that a whole unit takes; units cut off by the grid's edge take less.
-    """
-    side = plan.unit_cells
-    height, width = plan.grid.shape
-    rows, cols = plan.units.indices.T
-    cells = int(
-        (np.minimum(height - rows * side, side) * np.minimum(width - cols * side, side)).sum()
-    )
-    windows = math.ceil(round(cells / side**2 * windows_per_unit, 6))
-    return Estimate(
-        units=len(plan.units),
-        cells=cells,
-        windows=windows,
-        bytes_out=cells * concepts * dtype_bytes,
-    )
-
-
-def fingerprint_of(facts: Mapping[str, str], grid: GeoBox, unit_cells: int, region: Region) -> str:
-    """Identity of a run: SHA-256 over the facts, the grid, the unit size and the region.
-
-    The region's label and the order of its parts do not count.
+    The labels of region and mask and the order of their parts do not count.
 
     Returns
     -------
     str
         64 hexadecimal digits.
     """
-    return _digest(_all_facts(facts, grid, unit_cells, region))
+    return _digest(_all_facts(facts, grid, unit_cells, region, mask))
 
 
 def _all_facts(
-    facts: Mapping[str, str], grid: GeoBox, unit_cells: int, region: Region
+    facts: Mapping[str, str], grid: GeoBox, unit_cells: int, region: Region, mask: Region | None
 ) -> dict[str, str]:
+    # Runs without a mask keep the fingerprints that they had before there were masks.
+    of_mask = {} if mask is None else {"mask": _digest_of_area(mask)}
+    return (
+        dict(facts)
+        | of_mask
+        | {
+            "grid_crs": _crs_text(grid),
+            "grid_affine": " ".join(repr(float(v)) for v in tuple(grid.affine)[:6]),
+            "grid_shape": " ".join(str(n) for n in grid.shape),
+            "unit_cells": str(unit_cells),
+            "region": _digest_of_area(region),
+            "region_clip": str(region.clip).lower(),
+        }
+    )
+
+
+def _digest_of_area(region: Region) -> str:
     area = shapely.to_wkb(shapely.normalize(region.geometry), byte_order=1)
-    return dict(facts) | {
-        "grid_crs": _crs_text(grid),
-        "grid_affine": " ".join(repr(float(v)) for v in tuple(grid.affine)[:6]),
-        "grid_shape": " ".join(str(n) for n in grid.shape),
-        "unit_cells": str(unit_cells),
-        "region": hashlib.sha256(area).hexdigest(),
-        "region_clip": str(region.clip).lower(),
-    }
+    return hashlib.sha256(area).hexdigest()
 
 
 def _digest(facts: Mapping[str, str]) -> str:
@@ -248,7 +239,7 @@ def _touched(geometry: BaseGeometry, grid: GeoBox, unit_cells: int) -> Ints:
     """Row and column of the units that lon/lat polygons touch, int64[N, 2], row by row."""
     height, width = grid.shape
     shape = (-(-height // unit_cells), -(-width // unit_cells))
-    if not height or not width:
+    if not height or not width or geometry.is_empty:
         return np.empty((0, 2), dtype=np.int64)
     area = _in_pixels(geometry, grid)
     if area is None:
@@ -404,7 +395,8 @@ def _copies_over(area: BaseGeometry, grid: GeoBox, period: float) -> BaseGeometr
     bounds = grid.boundingbox
     first = math.floor((bounds.left - right) / period)
     last = math.ceil((bounds.right - left) / period)
-    return shapely.union_all([_moved(area, period * turn) for turn in range(first, last + 1)])
+    copies = [_moved(area, period * turn) for turn in range(first, last + 1)]
+    return copies[0] if len(copies) == 1 else shapely.union_all(copies)
 
 
 def _moved(area: BaseGeometry, along_x: float) -> BaseGeometry:
@@ -458,7 +450,8 @@ def _project_polygons(
     Edges are halved until the straight edge lies within ``tolerance`` CRS units of the true,
     curved one.
     """
-    if geometry.is_empty:
+    if geometry.is_empty or crs_of(grid) == _LONLAT:
+        # Straight edges stay straight, and what was valid stays so: nothing to be built anew.
         return geometry
     polygons = shapely.segmentize(shapely.get_parts(geometry), 5.0)
     rings, ring_polygon = shapely.get_rings(polygons, return_index=True)

@@ -108,7 +108,12 @@ def region_from_bbox(west: float, south: float, east: float, north: float) -> Re
     return Region(_as_area(geometry, label), label, clip=False)
 
 
-def region_from_file(spec: str) -> Region:
+def region_of_globe() -> Region:
+    """Region of the whole Earth; not clipped."""
+    return Region(shapely.box(-180, -90, 180, 90), "globe", clip=False)
+
+
+def region_from_file(spec: str, where: str | None = None) -> Region:
     """Region of the polygons in a vector file.
 
     Parameters
@@ -116,6 +121,8 @@ def region_from_file(spec: str) -> Region:
     spec
         ``FILE`` or ``FILE:LAYER``. Any format that GDAL reads (GeoJSON, GeoPackage, shapefile,
         also zipped), in any CRS. All polygons of the layer are taken together.
+    where
+        Which features, as the condition of an SQL query: ``NAME = 'Portugal'``. None: all.
 
     Returns
     -------
@@ -127,10 +134,15 @@ def region_from_file(spec: str) -> Region:
     InputError
         If the file is missing or unreadable, the layer is unknown or must be chosen, there is
         no CRS, or nothing in it encloses an area.
+    UsageError
+        If ``where`` cannot be understood or holds for no feature.
     """
+    if where is not None and not where.strip():
+        raise UsageError("--where is empty: give a condition like NAME = 'Portugal'")
     path, layer = _split_spec(spec)
-    geometries, crs = _read_polygons(path, layer)
+    geometries, crs = _read_polygons(path, layer, where)
     label = os.path.basename(path.rstrip("/")) + (f":{layer}" if layer else "")
+    label += f" where {where}" if where else ""
 
     types = sorted({g.geom_type for g in geometries})
     polygons = shapely.get_parts(shapely.get_parts(geometries))
@@ -216,6 +228,12 @@ def _as_area(geometry: BaseGeometry, name: str) -> Polygon | MultiPolygon:
     return geometry
 
 
+def polygons_of(geometry: BaseGeometry) -> BaseGeometry:
+    """Leave out of a geometry all points and lines: polygons, or an empty one."""
+    parts = _polygons_only(np.array([geometry]))
+    return parts[0] if len(parts) == 1 else MultiPolygon(list(parts))
+
+
 def _polygons_only(geometries: NDArray[np.object_]) -> NDArray[np.object_]:
     parts = shapely.get_parts(shapely.get_parts(geometries))
     kept: NDArray[np.object_] = parts[
@@ -246,17 +264,28 @@ def _split_spec(spec: str) -> tuple[str, str | None]:
     raise InputError(f"{spec}: no such file")
 
 
-def _read_polygons(path: str, layer: str | None) -> tuple[NDArray[np.object_], pyproj.CRS]:
+def _read_polygons(
+    path: str, layer: str | None, where: str | None
+) -> tuple[NDArray[np.object_], pyproj.CRS]:
     """Non-empty geometries of one layer, 2-D, with their CRS."""
     # pyogrio brings pandas along, which would slow down every start of the program.
     import pyogrio
 
     try:
         layer = _choose_layer(path, layer, pyogrio.list_layers(path))
-        frame: Any = pyogrio.read_dataframe(
-            path, layer=layer, columns=[], force_2d=True, on_invalid="fix"
-        )
-    except InputError:
+        columns = None if where is None else pyogrio.read_info(path, layer=layer)["fields"]
+        try:
+            frame: Any = pyogrio.read_dataframe(
+                path, layer=layer, columns=[], force_2d=True, on_invalid="fix", where=where
+            )
+        except ValueError as error:
+            if columns is None:
+                raise
+            raise UsageError(
+                f"--where {where!r} cannot be understood: write it like NAME = 'Portugal', with "
+                f"columns of {path}: {', '.join(columns) or 'it has none'}"
+            ) from error
+    except (InputError, UsageError):
         raise
     except Exception as error:  # whatever GDAL, GEOS and pyogrio raise: the file is no good
         reason = " ".join(str(error).split()).split(";")[0].removeprefix(f"{path}: ")
@@ -266,6 +295,11 @@ def _read_polygons(path: str, layer: str | None) -> tuple[NDArray[np.object_], p
         raise InputError(f"{path}: holds a table without geometries; a region needs polygons")
     geometries = np.asarray(frame.geometry.array, dtype=object)
     if not len(geometries):
+        if columns is not None:
+            raise UsageError(
+                f"--where {where!r} holds for no feature of {path}; its columns are "
+                f"{', '.join(columns)}"
+            )
         raise InputError(f"{path}: has no features")
     geometries = geometries[~(shapely.is_missing(geometries) | shapely.is_empty(geometries))]
     if not len(geometries):

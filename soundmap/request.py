@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soundmap.encoder import DEFAULT_MODEL, Conditions
+from soundmap.estimate import Estimate
 from soundmap.layout import Layout
-from soundmap.plan import Estimate, Plan
+from soundmap.plan import Plan
 from soundmap.runner import UnitReport
 
 DETAILS = ("patch", "image")
@@ -17,6 +18,9 @@ DTYPES = ("float32", "uint8")
 
 class Listener:
     """Hears how a run goes. Override what you need."""
+
+    def estimated(self, cost: Estimate, layout: Layout) -> None:
+        """It is known what the run will take; nothing has been written."""
 
     def planned(self, plan: Plan, cost: Estimate, layout: Layout, left: int) -> None:
         """Work is about to start; ``left`` of the plan's units are still to do."""
@@ -39,6 +43,8 @@ class Request:
     imagery: str | None = None
     bbox: tuple[float, float, float, float] | None = None
     region: str | None = None
+    where: str | None = None
+    mask: str | None = None
     model: str = DEFAULT_MODEL
     concepts: str | Sequence[str] | None = None
     text: tuple[str, ...] = ()
@@ -56,6 +62,7 @@ class Request:
     dtype: str = "float32"
     precision: str = "auto"
     overwrite: bool = False
+    dry_run: bool = False
     workers: int | None = None
     scheduler: str | None = None
 

@@ -28,9 +28,11 @@ class Bar:
         What is counted.
     more
         Names of texts that are shown beside the pace.
+    tells_left
+        Whether the bar reckons the time left, from its recent steps.
     """
 
-    def __init__(self, quiet: bool, unit: str, *more: str) -> None:
+    def __init__(self, quiet: bool, unit: str, *more: str, tells_left: bool = True) -> None:
         self.console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -39,8 +41,7 @@ class Bar:
             TextColumn(unit),
             *(TextColumn("{task.fields[" + name + "]}") for name in ("pace", *more)),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *((TextColumn("left"), TimeRemainingColumn()) if tells_left else ()),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )

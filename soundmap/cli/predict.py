@@ -15,6 +15,8 @@ Examples:
   soundmap predict --imagery tiles/ --bbox -9.25 38.69 -9.09 38.80 --out lisbon.zarr
   soundmap predict --imagery s2.tif --bands 4,3,2 --region parks.gpkg:parks \\
       --concepts "birdsong,road traffic" --text "church bells" --out parks.tif
+  soundmap predict --imagery world.vrt --region countries.gpkg --where "NAME = 'Portugal'" \\
+      --mask land.gpkg --dry-run --out portugal.zarr
 """
 
 
@@ -33,8 +35,18 @@ Examples:
 )
 @click.option(
     "--region",
+    metavar="FILE[:layer]|globe",
+    help="Where to map: polygons of any vector file, or globe. With neither, the whole imagery.",
+)
+@click.option(
+    "--where",
+    metavar="SQL",
+    help="Which polygons of the region's file: \"NAME = 'Portugal'\".",
+)
+@click.option(
+    "--mask",
     metavar="FILE[:layer]",
-    help="Where to map: polygons of any vector file. With neither, the whole imagery.",
+    help="Polygons, such as of land: what lies off them is not read and is nodata.",
 )
 @model_option
 @click.option(
@@ -109,6 +121,7 @@ Examples:
 @click.option("--out", required=True, metavar="FILE", help="city.tif (GeoTIFF) or city.zarr.")
 @click.option("--picture", metavar="PNG", help="Also draw a picture of the map.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--dry-run", is_flag=True, help="Say what the run would take, and end.")
 @click.option("--workers", type=int, metavar="N", help="Compute in N processes (Dask).")
 @click.option("--scheduler", metavar="ADDRESS", help="Compute on a running Dask cluster.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -116,6 +129,8 @@ def command(
     imagery: str | None,
     bbox: tuple[float, float, float, float] | None,
     region: str | None,
+    where: str | None,
+    mask: str | None,
     model: str,
     concepts: str | None,
     text: tuple[str, ...],
@@ -135,6 +150,7 @@ def command(
     out: str,
     picture: str | None,
     overwrite: bool,
+    dry_run: bool,
     workers: int | None,
     scheduler: str | None,
     quiet: bool,
@@ -151,6 +167,8 @@ def command(
         imagery=imagery,
         bbox=bbox,
         region=region,
+        where=where,
+        mask=mask,
         model=model,
         concepts=concepts,
         text=text,
@@ -168,11 +186,14 @@ def command(
         dtype=dtype,
         precision=precision,
         overwrite=overwrite,
+        dry_run=dry_run,
         workers=workers,
         scheduler=scheduler,
     )
     with ConsoleListener(quiet) as listener:
         request = run(request, listener)
+    if dry_run:
+        return
     if not quiet:
         click.echo(f"Wrote {out}")
     if picture:

@@ -2,48 +2,64 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 
 from rich.markup import escape
 
 from soundmap.api import Listener
 from soundmap.cli.bar import Bar
+from soundmap.estimate import Estimate
+from soundmap.grid import block, ground_gsd_m
 from soundmap.layout import Layout
-from soundmap.plan import Estimate, Plan
+from soundmap.plan import Plan
 from soundmap.runner import UnitReport
+from soundmap.stores.zarr_store import Status
+
+# Sides of a cell that differ by more than this share are both named.
+_SQUARE = 0.02
 
 
 class ConsoleListener(Bar, Listener):
-    """Shows the plan, a bar with units, km2/s and time left, and what went wrong."""
+    """Shows what a run takes, a bar with units, km2/s and time left, and what went wrong."""
 
     def __init__(self, quiet: bool) -> None:
-        super().__init__(quiet, "units")
-        self._cell_km2 = 0.0
-        self._cells = 0
-        self._started = time.monotonic()
+        super().__init__(quiet, "units", "left", tells_left=False)
+        self._pace = Pace(0)
+        self._plan: Plan | None = None
 
-    def planned(self, plan: Plan, cost: Estimate, layout: Layout, left: int) -> None:
+    def estimated(self, cost: Estimate, layout: Layout) -> None:
         """Say what is about to happen."""
-        rows, cols = plan.grid.shape
-        self._cell_km2 = (layout.cell_m / 1000) ** 2
+        rows, cols = layout.grid.shape
         self.say(
-            f"{escape(layout.region.label)}: {rows} x {cols} cells of {layout.cell_m:.4g} m, about "
-            f"{cost.windows:,} windows in {cost.units} units, up to "
-            f"{cost.bytes_out / 1e6:,.1f} MB before compression"
+            f"{escape(layout.region.label)}: {rows:,} x {cols:,} cells of {_cell_text(layout)}, "
+            f"about {cost.windows:,} windows in {cost.units:,} units"
+        )
+        time_text = "" if cost.seconds is None else f"about {duration(cost.seconds)}, "
+        self.say(
+            f"Takes {time_text}{size(cost.memory_bytes)} of memory for each process; the map up to "
+            f"{size(cost.bytes_out)} before compression, about {size(cost.bytes_packed)} after"
         )
         if layout.reading.warning:
             self.say(f"[yellow]Warning:[/yellow] {escape(layout.reading.warning)}")
-        if left < cost.units:
-            self.say(f"Going on: {cost.units - left} units were done before")
-        self.begin("mapping", cost.units, cost.units - left)
-        self._started = time.monotonic()
+
+    def planned(self, plan: Plan, cost: Estimate, layout: Layout, left: int) -> None:
+        """Set the bar up."""
+        done = cost.units - left
+        if done:
+            rest = ""
+            if cost.seconds is not None:
+                rest = f", about {duration(cost.seconds * left / cost.units)} are left"
+            self.say(f"Going on: {done:,} units were done before{rest}")
+        self._pace, self._plan = Pace(left), plan
+        self.begin("mapping", cost.units, done)
 
     def reported(self, report: UnitReport) -> None:
         """Count a unit."""
-        self._cells += report.cells
-        km2 = self._cells * self._cell_km2
-        pace = f"{km2 / max(1e-6, time.monotonic() - self._started):.3g} km2/s"
-        self.update(advance=1, pace=pace)
+        assert self._plan is not None
+        self._pace.count(report, _ground_km2(self._plan, report.index))
+        self.update(advance=1, pace=self._pace.area_text, left=self._pace.left_text)
         if report.error:
             self.say(f"[red]Failed[/red] unit {report.index}: {escape(report.error)}")
 
@@ -53,4 +69,96 @@ class ConsoleListener(Bar, Listener):
 
     def exporting(self) -> None:
         """Say that the file is being written."""
-        self.update(description="writing")
+        self.update(description="writing", left="")
+
+
+class Pace:
+    """How fast this run is, and how long it will still take.
+
+    Units without imagery are over at once. They come in stretches, as imagery does, so the share
+    of them that is met so far is no measure of the rest: what is left is reckoned as if it held
+    imagery throughout, at the pace of the units that did.
+
+    Parameters
+    ----------
+    left
+        Units still to do.
+    clock
+        Seconds that pass, as `time.monotonic` counts them.
+    """
+
+    def __init__(self, left: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._left = left
+        self._clock = clock
+        self._started = clock()
+        self._spent_s = 0.0
+        self._full = 0
+        self._full_s = 0.0
+        self._empty_s = 0.0
+        self._km2 = 0.0
+
+    def count(self, report: UnitReport, km2: float) -> None:
+        """Count a unit and the ground that it covers."""
+        self._left -= 1
+        self._spent_s = self._clock() - self._started
+        if report.status == Status.DONE:
+            self._full += 1
+            self._full_s += report.seconds
+            self._km2 += km2
+        else:
+            self._empty_s += report.seconds
+
+    @property
+    def area_text(self) -> str:
+        """Ground mapped in a second."""
+        return f"{self._km2 / max(1e-6, self._spent_s):.3g} km2/s"
+
+    @property
+    def left_seconds(self) -> float | None:
+        """Seconds still to go; None before a unit with imagery is done."""
+        if not self._full:
+            return None
+        # Units run side by side: what passed is shared out by what each of them took.
+        of_full_s = self._spent_s * self._full_s / max(1e-9, self._full_s + self._empty_s)
+        return self._left * of_full_s / self._full
+
+    @property
+    def left_text(self) -> str:
+        """How long it will still take, in words."""
+        seconds = self.left_seconds
+        return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """Say a time as a person would: 40 seconds, 12 minutes, 3.5 hours, 4 days."""
+    for length, word, until in ((1, "second", 90), (60, "minute", 90), (3600, "hour", 48)):
+        count = seconds / length
+        if count < until:
+            digits = 1 if word == "hour" and count < 10 else 0
+            text = f"{max(count, 1 if digits == 0 else 0):.{digits}f}"
+            return f"{text} {word}" + ("" if float(text) == 1 else "s")
+    return f"{seconds / 86400:,.0f} days"
+
+
+def size(count: float) -> str:
+    """Say a number of bytes as a person would: 12.3 MB, 4.5 GB, 1.2 TB."""
+    for length, unit in ((1e12, "TB"), (1e9, "GB")):
+        if count >= length:
+            return f"{count / length:,.1f} {unit}"
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _ground_km2(plan: Plan, index: tuple[int, int]) -> float:
+    """Ground under a unit; in degrees it differs from row to row."""
+    (row, col), side = index, plan.unit_cells
+    height, width = plan.grid.shape
+    row1, col1 = min((row + 1) * side, height), min((col + 1) * side, width)
+    cells = block(plan.grid, row * side, row1, col * side, col1)
+    return math.prod(cells.shape) * ground_gsd_m(cells) ** 2 / 1e6
+
+
+def _cell_text(layout: Layout) -> str:
+    across, along = layout.ground_m
+    if abs(across / layout.cell_m - 1) <= _SQUARE and abs(along / layout.cell_m - 1) <= _SQUARE:
+        return f"{layout.cell_m:.4g} m"
+    return f"{across:.4g} x {along:.4g} m"

@@ -17,8 +17,9 @@ import xarray as xr
 import soundmap
 from soundmap.api import Listener, Request, run
 from soundmap.errors import PlanMismatch, RunFailed, SourceError
+from soundmap.estimate import Estimate
 from soundmap.layout import Layout
-from soundmap.plan import Estimate, Plan
+from soundmap.plan import Plan
 from soundmap.runner import UnitReport
 from soundmap.sources.base import Image
 from soundmap.sources.raster import RasterSource

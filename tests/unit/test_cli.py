@@ -136,7 +136,7 @@ def test_every_option_arrives(command: Command, requests: list[Request]) -> None
         " --audio rain=a.wav --value share --scale 3 --month 7 --hour 6 --precision int8"
         " --detail image --crs EPSG:3035 --resolution 250 --gsd 10 --bands 4,3,2 --rescale 0,3000"
         " --dtype uint8 --out map.zarr --overwrite --workers 3 --scheduler tcp://127.0.0.1:8786"
-        " --quiet"
+        " --where pop>5 --mask land.gpkg --dry-run --quiet"
     )
     result = command(*words.split())
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -145,6 +145,8 @@ def test_every_option_arrives(command: Command, requests: list[Request]) -> None
         imagery="s2.tif",
         bbox=(-9.25, 38.69, -9.09, 38.80),
         region="parks.gpkg:parks",
+        where="pop>5",
+        mask="land.gpkg",
         model="models/own",
         concepts="birdsong,wind",
         text=("bells", "frogs"),
@@ -162,6 +164,7 @@ def test_every_option_arrives(command: Command, requests: list[Request]) -> None
         dtype="uint8",
         precision="int8",
         overwrite=True,
+        dry_run=True,
         workers=3,
         scheduler="tcp://127.0.0.1:8786",
     )

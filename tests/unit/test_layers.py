@@ -39,6 +39,7 @@ LAYERS = {
             "concepts",
             "layout",
             "pipeline",
+            "estimate",
             "runner",
             "request",
             "api",

@@ -29,7 +29,7 @@ from soundmap.grid import (
     snap_grid,
     x_period,
 )
-from soundmap.plan import Plan, estimate, fingerprint_of, make_plan
+from soundmap.plan import Plan, fingerprint_of, make_plan
 from soundmap.region import Region, region_from_bbox, region_from_file, split_antimeridian
 
 # Degrees, repeating maps (one with its edge elsewhere), true metres on the spot, both poles, and
@@ -300,19 +300,6 @@ class TestSize:
         plan = make_plan(region, grid, 512)
         assert time.perf_counter() - start < 3
         assert len(plan.units) == math.ceil(135_000 / 512) * math.ceil(360_000 / 512)
-        assert estimate(plan, concepts=1).cells == 135_000 * 360_000
-
-    def test_estimate(self) -> None:
-        grid = GeoBox((95, 100), Affine(0.01, 0, 4, 0, -0.01, 53), "EPSG:4326")
-        plan = make_plan(region_from_bbox(4, 52.05, 4.15, 52.15), grid, 10)
-        assert [u.cells.shape for u in plan.units] == [(10, 10), (10, 10), (5, 10), (5, 10)]
-        cost = estimate(plan, concepts=40, dtype_bytes=1, windows_per_unit=9)
-        assert (cost.units, cost.cells, cost.windows, cost.bytes_out) == (4, 300, 27, 12_000)
-
-    def test_estimate_of_nothing(self) -> None:
-        grid = GeoBox((95, 100), Affine(0.01, 0, 4, 0, -0.01, 53), "EPSG:4326")
-        cost = estimate(make_plan(region_from_bbox(50, 5, 51, 6), grid, 10), concepts=40)
-        assert (cost.units, cost.cells, cost.windows, cost.bytes_out) == (0, 0, 0, 0)
 
 
 class TestPlan:

@@ -27,6 +27,8 @@ _BARE_BYTES = 700e6
 # A run of fewer windows is over before its pace is known.
 _TINY_RUN = 16
 _PROBE_SECONDS = 0.7
+# Encoded to find the pace: this part of what is encoded at once in a run.
+_PROBED_PARTS = 4
 # Reading, scoring and storing take this much on top of encoding.
 _BESIDES = 1.15
 
@@ -142,27 +144,29 @@ def with_time(
     """
     if cost.windows < _TINY_RUN:
         return cost
-    side = round(math.sqrt(cost.window_px) / encoder.spec.patch_px) * encoder.spec.patch_px
-    noise = np.random.default_rng(0)
-    count, done, seconds = 1, 0, -1.0
-    while seconds < _PROBE_SECONDS:
-        pixels = noise.integers(0, 256, (count, 3, side, side), dtype=np.uint8)
-        lonlat = np.zeros((count, 2)) if "lonlat" in encoder.spec.metadata else None
+    patch_px = encoder.spec.patch_px
+    side = max(1, round(math.sqrt(cost.window_px) / patch_px)) * patch_px
+    # Enough to share out to all threads, as a run does: a window by itself is much slower.
+    count = -(-batch_of(side * side) // _PROBED_PARTS)
+    noise = np.random.default_rng(0).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
+    places = np.zeros((count, 2)) if "lonlat" in encoder.spec.metadata else None
+
+    def encode() -> float:
         started = time.perf_counter()
         encoder.encode_images(
-            pixels,
-            lonlat,
+            noise,
+            places,
             conditions.month,
             conditions.hour,
             conditions.scale,
             gsd_m=told_gsd_m,
             details=(detail,),
         )
-        if seconds < 0:
-            # The first one pays for what is set up once.
-            seconds = 0.0
-            continue
-        seconds += time.perf_counter() - started
-        done += count
-        count = min(2 * count, batch_of(side * side))
-    return replace(cost, seconds=seconds / done * cost.windows * _BESIDES)
+        return time.perf_counter() - started
+
+    encode()  # pays for what is set up once
+    times = [encode()]
+    while sum(times) < _PROBE_SECONDS:
+        times.append(encode())
+    seconds = sum(times) / len(times) / count
+    return replace(cost, seconds=seconds * cost.windows * _BESIDES)

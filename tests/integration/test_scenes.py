@@ -13,12 +13,16 @@ import rasterio
 import xarray as xr
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio.coords import BoundingBox
+from rasterio.enums import Resampling
 from rasterio.transform import array_bounds
+from rasterio.warp import reproject
 from rio_cogeo import cog_validate
 
 import soundmap
 from soundmap.encoder import DEFAULT_MODEL, find_model
 from soundmap.encoder.bank_files import PROMPTS_FILE, read_concepts
+from soundmap.grid import metres_per_unit
 
 # How far from one half the share of imagery under a cell may be for the cell to go either way.
 # Where the model sees the file's own pixels the rule is exact; where these are averaged first (each
@@ -41,6 +45,9 @@ SCENES = {
     "s2_krivoklatsko_rgb_21m_utm33.tif": EXACT,
     "s2_tci_libya_egypt_coast_100m_utm34_cog.tif": EXACT,
 }
+
+# In degrees at 54° north, where a pixel of equal sides is 6 x 10 m.
+SQUARE_ON_THE_GROUND = {"s2_demmin_germany_rgbn_uint16_10m_epsg4326.tif"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,24 @@ def valid_share(mapped: Mapped) -> NDArray[np.float64]:
     """Share of valid imagery under every cell, counted in the scene's own pixels."""
     with rasterio.open(mapped.tif) as dataset:
         rows, cols = dataset.shape
-        per_cell = round(dataset.transform.a / mapped.transform.a)
+        transform = dataset.transform
+    per_cell = round(transform.a / mapped.transform.a)
+    if mapped.scene.name in SQUARE_ON_THE_GROUND:
+        averaged, _ = reproject(
+            mapped.mask.astype(np.float64),
+            np.zeros((rows, cols)),
+            src_transform=mapped.transform,
+            src_crs=mapped.crs,
+            dst_transform=transform,
+            dst_crs=mapped.crs,
+            resampling=Resampling.average,
+        )
+        # What lies beyond the scene's edge is no imagery either.
+        right, bottom = ~transform * (mapped.transform * mapped.mask.shape[::-1])
+        within = np.clip(bottom - np.arange(rows), 0, 1)[:, None] * np.clip(
+            right - np.arange(cols), 0, 1
+        )
+        return np.asarray(averaged * within)
     pixels = np.zeros((rows * per_cell, cols * per_cell))
     part = mapped.mask[: pixels.shape[0], : pixels.shape[1]]
     pixels[: part.shape[0], : part.shape[1]] = part
@@ -112,17 +136,27 @@ def test_both_kinds_hold_the_same_numbers(mapped: Mapped) -> None:
     assert np.ptp(known) > 0.05
 
 
+def middle_of(bounds: BoundingBox) -> tuple[float, float]:
+    return (bounds.left + bounds.right) / 2, (bounds.bottom + bounds.top) / 2
+
+
 def test_a_map_lies_where_its_scene_does(mapped: Mapped) -> None:
     with rasterio.open(mapped.tif) as dataset:
         assert dataset.crs == mapped.crs
         cells, bounds = dataset.transform, dataset.bounds
     pixel = mapped.transform
-    # Cells are whole blocks of the scene's pixels, counted from its corner.
+    # Cells are whole blocks of the scene's pixels, counted from its corner, but where these are far
+    # from square on the ground: there the cells are square.
     assert (cells.b, cells.d) == (0, 0)
     assert (cells.c, cells.f) == pytest.approx((pixel.c, pixel.f), abs=0.01 * pixel.a)
-    per_cell = round(cells.a / pixel.a)
-    assert per_cell >= 8
-    assert (cells.a, cells.e) == pytest.approx((per_cell * pixel.a, per_cell * pixel.e), rel=1e-9)
+    if mapped.scene.name in SQUARE_ON_THE_GROUND:
+        across, along = metres_per_unit(str(mapped.crs), *middle_of(bounds))
+        assert cells.a * across == pytest.approx(-cells.e * along, rel=0.002)
+    else:
+        per_cell = round(cells.a / pixel.a)
+        assert per_cell >= 8
+        whole = (per_cell * pixel.a, per_cell * pixel.e)
+        assert (cells.a, cells.e) == pytest.approx(whole, rel=1e-9)
     _, bottom, right, _ = array_bounds(*mapped.mask.shape, pixel)
     half = 0.5 + 1e-6
     assert abs(bounds.right - right) <= half * cells.a

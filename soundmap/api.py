@@ -70,7 +70,13 @@ class _Parts:
     encoder: Encoder
     bank: ConceptBank
     layout: Layout
-    plan: Plan = field(repr=False)
+    job: Job = field(repr=False)
+    """What to compute; its store is not made yet."""
+
+    @property
+    def plan(self) -> Plan:
+        """The job's plan."""
+        return self.job.plan
 
 
 def predict(
@@ -261,20 +267,7 @@ def _compute(
     cost: Estimate,
 ) -> None:
     plan, layout, imagery = parts.plan, parts.layout, parts.source.info.name
-    job = Job(
-        plan=plan,
-        source=parts.source,
-        model=_model_reference(request.model, parts.card),
-        bank=parts.bank,
-        value=parts.value,
-        detail=request.detail,
-        lattice=layout.lattice,
-        gsd_m=layout.reading.gsd_m,
-        told_gsd_m=layout.reading.told_m,
-        store=str(store.path),
-        conditions=request.conditions,
-        precision=request.precision,
-    )
+    job = replace(parts.job, store=str(store.path))
     left = _left(store, plan)
     listener.planned(plan, cost, layout, len(left))
     failures: list[UnitReport] = []
@@ -356,7 +349,21 @@ def _prepare(request: Request) -> _Parts:
     if not len(plan.units):
         off = f"the mask {mask.label}" if mask else "the imagery"
         raise InputError(f"the region ({layout.region.label}) lies off {off}")
-    return _Parts(value, source, card, encoder, bank, layout, plan)
+    job = Job(
+        plan=plan,
+        source=source,
+        model=_model_reference(request.model, card),
+        bank=bank,
+        value=value,
+        detail=request.detail,
+        lattice=layout.lattice,
+        gsd_m=reading.gsd_m,
+        told_gsd_m=reading.told_m,
+        store="",
+        conditions=given,
+        precision=request.precision,
+    )
+    return _Parts(value, source, card, encoder, bank, layout, job)
 
 
 def _model_reference(model: str, card: ModelCard) -> str:
@@ -377,20 +384,9 @@ def _region(request: Request) -> Region | None:
 
 
 def _cost(parts: _Parts, request: Request) -> Estimate:
-    encoder, layout = parts.encoder, parts.layout
-    cost = estimate(
-        parts.plan,
-        layout,
-        encoder.spec,
-        encoder.dim,
-        request.detail,
-        len(parts.bank),
-        request.dtype,
-    )
-    if request.scheduler:
-        # How fast other machines are shows once they have done something.
-        return cost
-    return with_time(cost, encoder, request.detail, request.conditions, layout.reading.told_m)
+    cost = estimate(parts.job, parts.encoder, request.dtype)
+    # How fast other machines are shows once they have done something.
+    return cost if request.scheduler else with_time(cost, parts.job, parts.encoder)
 
 
 def _schema(request: Request, parts: _Parts) -> MapSchema:

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from soundmap.encoder import Conditions, Encoder, InputSpec
-from soundmap.grid import crs_of, ground_gsd_m
-from soundmap.lattice import Span, Tiling
-from soundmap.layout import Layout, cell_px_of, lattice_of
-from soundmap.pipeline import batch_of
+from soundmap.encoder import Encoder
+from soundmap.errors import SourceError
+from soundmap.grid import block, crs_of, ground_gsd_m
+from soundmap.lattice import Span
+from soundmap.layout import cell_px_of, lattice_of
+from soundmap.pipeline import MASK_SAMPLES, Job, batch_of, lattices
 from soundmap.plan import Plan, Unit
+from soundmap.scoring import score
+from soundmap.warp import places_on
 
 # So many units are counted one by one; of more, as many are looked at, spread over all.
 _COUNTED_UNITS = 256
@@ -24,12 +27,16 @@ _PACKED_SHARE = 0.6
 # Units computed side by side in one process, and what they need besides imagery and vectors.
 _UNITS_AT_ONCE = 2
 _BARE_BYTES = 700e6
+# Three colours and validity, and as much again while it is resampled.
+_IMAGE_BYTES = 8
 # A run of fewer windows is over before its pace is known.
 _TINY_RUN = 16
 _PROBE_SECONDS = 0.7
 # Encoded to find the pace: this part of what is encoded at once in a run.
 _PROBED_PARTS = 4
-# Reading, scoring and storing take this much on top of encoding.
+_PROBED_PX = 512
+_PROBED_CELLS = 4096
+# Cutting, storing and telling take this much on top of reading, encoding and scoring.
 _BESIDES = 1.15
 
 
@@ -45,6 +52,8 @@ class Estimate:
     """Windows of imagery that the model sees."""
     window_px: int
     """Pixels of a window."""
+    read_px: int
+    """Pixels of imagery that are read."""
     bytes_out: int
     """Size of the output before compression."""
     bytes_packed: int
@@ -55,55 +64,82 @@ class Estimate:
     """How long all units take on this machine; None if that is not known."""
 
 
-def estimate(
-    plan: Plan, layout: Layout, spec: InputSpec, dim: int, detail: str, values: int, dtype: str
-) -> Estimate:
-    """Count what a plan will cost.
+@dataclass(frozen=True)
+class _Work:
+    """What is done for a unit."""
+
+    cells: int
+    wanted: float
+    """Cells that get a value if there is imagery."""
+    windows: float
+    encoded_px: float
+    read_px: int
+    held_bytes: int
+    """Imagery, with its validity, and vectors."""
+
+
+def estimate(job: Job, encoder: Encoder, dtype: str) -> Estimate:
+    """Count what a job will cost.
 
     Parameters
     ----------
-    plan
-        The plan.
-    layout
-        What it was made from.
-    spec, dim
-        What the model reads, and the length of its vectors.
-    detail
-        "patch" or "image".
-    values
-        Output values per cell: concepts, times months and hours if there are any.
+    job
+        What is to be computed.
+    encoder
+        Its model.
     dtype
         "float32" or "uint8".
     """
-    side = plan.unit_cells
-    height, width = plan.grid.shape
+    plan = job.plan
+    side, (height, width) = plan.unit_cells, plan.grid.shape
     rows, cols = plan.units.indices.T
     cells = int(
         (np.minimum(height - rows * side, side) * np.minimum(width - cols * side, side)).sum()
     )
     count = len(plan.units)
     looked_at = np.unique(np.linspace(0, max(0, count - 1), _COUNTED_UNITS).astype(int))[:count]
-    shares = [(unit, _share(plan, unit)) for unit in plan.units.at(looked_at)]
-    tilings = [(_tiling(layout, spec, detail, unit), share) for unit, share in shares]
-    wanted = sum(unit.cells.shape[0] * unit.cells.shape[1] * share for unit, share in shares)
-    of_cells = sum(unit.cells.shape[0] * unit.cells.shape[1] for unit, _ in shares)
-    windows = sum(len(tiling.corners) * share for tiling, share in tilings)
-    px = cell_px_of(spec, detail)
-    pixels = sum(len(t.corners) * t.shape[0] * t.shape[1] * px**2 * s for t, s in tilings)
-    more = count / max(1, len(looked_at))
+    works = [_work(job, encoder, unit) for unit in plan.units.at(looked_at)]
+    more = count / max(1, len(works))
+    windows = sum(work.windows for work in works)
+    wanted = sum(work.wanted for work in works) / max(1, sum(work.cells for work in works))
+    values = len(job.bank)
     bytes_out = cells * values * (4 if dtype == "float32" else 1)
+    held = max((work.held_bytes for work in works), default=0) + side**2 * values * 4
     return Estimate(
         units=count,
         cells=cells,
         windows=math.ceil(windows * more),
-        window_px=round(pixels / windows) if windows else 0,
+        window_px=round(sum(work.encoded_px for work in works) / windows) if windows else 0,
+        read_px=round(sum(work.read_px for work in works) * more),
         bytes_out=bytes_out,
-        bytes_packed=round(bytes_out * _PACKED_SHARE * (wanted / of_cells if of_cells else 0)),
-        memory_bytes=round(
-            _BARE_BYTES
-            + _UNITS_AT_ONCE
-            * (side**2 * values * 4 + max((_held(t, px, dim) for t, _ in tilings), default=0))
-        ),
+        bytes_packed=round(bytes_out * _PACKED_SHARE * wanted),
+        memory_bytes=round(_BARE_BYTES + _UNITS_AT_ONCE * held),
+    )
+
+
+def _work(job: Job, encoder: Encoder, unit: Unit) -> _Work:
+    px = cell_px_of(encoder.spec, job.detail)
+    cells = math.prod(unit.cells.shape)
+    share = _share(job.plan, unit)
+    span = job.lattice.span_of(unit.cells) if job.lattice else None
+    lattice, looked_up_px = job.lattice, 0
+    if lattice is None or span is None:
+        # Warped cells lie anywhere on the model's own. One more on each side is interpolated from.
+        ground_m = math.sqrt(cells) * ground_gsd_m(unit.cells)
+        own = math.ceil(ground_m / (px * job.gsd_m)) + 1
+        lattice = lattice_of(encoder.spec, job.detail, crs_of(unit.cells), (1.0, 1.0), (0.0, 0.0))
+        span = Span(0, own, 0, own)
+        looked_up_px = cells * MASK_SAMPLES**2
+    tiling = lattice.tiling(span)
+    windows = len(tiling.corners) * share
+    covered = math.prod(tiling.covered.shape)
+    return _Work(
+        cells=cells,
+        wanted=cells * share,
+        windows=windows,
+        encoded_px=windows * math.prod(tiling.shape) * px**2,
+        read_px=covered * px**2 + looked_up_px,
+        held_bytes=covered * (_IMAGE_BYTES * px**2 + 4 * encoder.dim),
     )
 
 
@@ -115,52 +151,65 @@ def _share(plan: Plan, unit: Unit) -> float:
     return float(plan.area.mask(unit.cells.zoom_to((rows, cols))).mean())
 
 
-def _tiling(layout: Layout, spec: InputSpec, detail: str, unit: Unit) -> Tiling:
-    """The windows of a unit: as they will lie, or where cells are warped about as many."""
-    span = layout.lattice.span_of(unit.cells) if layout.lattice else None
-    if layout.lattice and span:
-        return layout.lattice.tiling(span)
-    own_cell_m = cell_px_of(spec, detail) * layout.reading.gsd_m
-    rows, cols = unit.cells.shape
-    ground_m = math.sqrt(rows * cols) * ground_gsd_m(unit.cells)
-    # A cell more on each side, which those at the border are interpolated from.
-    cells = math.ceil(ground_m / own_cell_m) + 1
-    lattice = lattice_of(spec, detail, crs_of(unit.cells), (1.0, 1.0), (0.0, 0.0))
-    return lattice.tiling(Span(0, cells, 0, cells))
-
-
-def _held(tiling: Tiling, cell_px: int, dim: int) -> int:
-    """Bytes of a unit's imagery, with its validity, and of its vectors."""
-    rows, cols = tiling.covered.shape
-    return rows * cols * (4 * cell_px**2 + 4 * dim)
-
-
-def with_time(
-    cost: Estimate, encoder: Encoder, detail: str, conditions: Conditions, told_gsd_m: float
-) -> Estimate:
-    """Add how long a run takes here, from how long a few windows take: about a second.
+def with_time(cost: Estimate, job: Job, encoder: Encoder) -> Estimate:
+    """Add how long a run takes here: reads, encodes and scores a little, in about a second.
 
     Tiny runs are left without: finding out would take longer than the run.
     """
     if cost.windows < _TINY_RUN:
         return cost
+    seconds = (
+        cost.read_px * _read_seconds(job, encoder)
+        + cost.windows * _encode_seconds(cost, job, encoder)
+        + cost.cells * _score_seconds(job, encoder)
+    )
+    return replace(cost, seconds=seconds * _BESIDES)
+
+
+def _read_seconds(job: Job, encoder: Encoder) -> float:
+    """Time to read a pixel: of a tile, after another one whose reading opened the files."""
+    side = -(-_PROBED_PX // cell_px_of(encoder.spec, job.detail))
+    seconds = 0.0
+    for position in (len(job.plan.units) // 3, 2 * len(job.plan.units) // 3):
+        cells = job.plan.units[position].cells
+        height, width = cells.shape
+        middle = block(cells, height // 2, height // 2 + 1, width // 2, width // 2 + 1)
+        for lattice, _ in lattices(job, encoder, middle, np.ones((1, 1), bool)):
+            (place,) = places_on(lattice, middle, np.ones((1, 1), bool))
+            if not np.isfinite(place.row[0, 0] + place.col[0, 0]):
+                continue
+            row, col = int(place.row[0, 0]), int(place.col[0, 0])
+            tile = lattice.pixels(Span(row, row + side, col, col + side))
+            started = time.perf_counter()
+            try:
+                job.source.read(tile)
+            except SourceError:
+                # The run will tell of it; here it is only not known how long reading takes.
+                continue
+            seconds = (time.perf_counter() - started) / math.prod(tile.shape)
+    return seconds
+
+
+def _encode_seconds(cost: Estimate, job: Job, encoder: Encoder) -> float:
+    """Time to encode a window."""
     patch_px = encoder.spec.patch_px
     side = max(1, round(math.sqrt(cost.window_px) / patch_px)) * patch_px
     # Enough to share out to all threads, as a run does: a window by itself is much slower.
     count = -(-batch_of(side * side) // _PROBED_PARTS)
     noise = np.random.default_rng(0).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
-    places = np.zeros((count, 2)) if "lonlat" in encoder.spec.metadata else None
+    lonlat = np.zeros((count, 2)) if "lonlat" in encoder.spec.metadata else None
+    given = job.conditions
 
     def encode() -> float:
         started = time.perf_counter()
         encoder.encode_images(
             noise,
-            places,
-            conditions.month,
-            conditions.hour,
-            conditions.scale,
-            gsd_m=told_gsd_m,
-            details=(detail,),
+            lonlat,
+            given.month,
+            given.hour,
+            given.scale,
+            gsd_m=job.told_gsd_m,
+            details=(job.detail,),
         )
         return time.perf_counter() - started
 
@@ -168,5 +217,13 @@ def with_time(
     times = [encode()]
     while sum(times) < _PROBE_SECONDS:
         times.append(encode())
-    seconds = sum(times) / len(times) / count
-    return replace(cost, seconds=seconds * cost.windows * _BESIDES)
+    return sum(times) / len(times) / count
+
+
+def _score_seconds(job: Job, encoder: Encoder) -> float:
+    """Time to score a cell."""
+    vectors = np.random.default_rng(0).normal(size=(_PROBED_CELLS, 1, encoder.dim))
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    started = time.perf_counter()
+    score(vectors.astype(np.float32), job.bank, job.value)
+    return (time.perf_counter() - started) / _PROBED_CELLS

@@ -37,8 +37,8 @@ _LEAST_VALID = 0.5
 _BATCH_PX = 640 * 64 * 64
 # Cells scored at once.
 _SCORE_CELLS = 4096
-# Imagery validity is sampled so finely along a cell where cells are warped.
-_MASK_SAMPLES = 8
+MASK_SAMPLES = 8
+"""Imagery validity is sampled so finely along a cell where cells are warped."""
 
 Vectors = NDArray[np.float32] | None
 
@@ -115,17 +115,17 @@ def read_unit(job: Job, unit: Unit, encoder: Encoder) -> UnitInput:
         return UnitInput((_read_block(job, encoder, job.lattice, direct),), wanted, False)
     wanted &= _valid_cells(job.source, unit.cells)
     blocks = []
-    for lattice, chosen in _lattices(job, encoder, unit.cells, wanted):
+    for lattice, chosen in lattices(job, encoder, unit.cells, wanted):
         block = _read_around(job, encoder, lattice, unit.cells, chosen)
         if block is not None:
             blocks.append(block)
     return UnitInput(tuple(blocks), wanted, True)
 
 
-def _lattices(
+def lattices(
     job: Job, encoder: Encoder, cells: GeoBox, wanted: NDArray[np.bool_]
 ) -> Iterator[tuple[Lattice, NDArray[np.bool_]]]:
-    """Give the lattices that a unit's cells are warped from, and which cells from each."""
+    """Give the lattices that cells of a map are warped from, and which cells, bool[h, w], each."""
     if not wanted.any():
         return
     if job.lattice:
@@ -399,5 +399,5 @@ def _zone_lattice(job: Job, encoder: Encoder, zone: int) -> Lattice:
 def _valid_cells(source: Source, cells: GeoBox) -> NDArray[np.bool_]:
     """Tell which cells have imagery under at least half of them."""
     rows, cols = cells.shape
-    n = _MASK_SAMPLES
+    n = MASK_SAMPLES
     return _valid_share(source.read(cells.zoom_to((rows * n, cols * n))).valid, n)

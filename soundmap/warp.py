@@ -20,6 +20,7 @@ from soundmap.lattice import Lattice, Span
 _AVERAGE_FROM = 1.5
 # How much larger is found out once for a square of so many cells a side.
 _SQUARE = 16
+_PLACES_AT_ONCE = 16384
 # Sizes that differ by rounding alone count as the same.
 _SAME = 1e-6
 CARRIED_CELLS = 2
@@ -171,28 +172,38 @@ def warp(
         values = _spread(values)
     results, cells = [], []
     for group in places:
-        row, col = group.row.ravel() - span.row0, group.col.ravel() - span.col0
-        fine = _bilinear(values, row, col).reshape(len(values), *group.row.shape)
-        known = np.isfinite(fine)
-        count = known.sum(axis=2)
-        total = np.where(known, fine, 0).sum(axis=2)
-        results.append(np.where(count > 0, total / np.maximum(count, 1), np.nan))
-        cells.append(group.cells)
-    return np.concatenate(results, axis=1).astype(np.float32), np.concatenate(cells)
+        # A few cells at a time: what fits the caches is faster, and little is held.
+        step = max(1, _PLACES_AT_ONCE // group.row.shape[1])
+        for start in range(0, len(group.cells), step):
+            part = slice(start, start + step)
+            row, col = group.row[part] - span.row0, group.col[part] - span.col0
+            fine = _bilinear(values, row.ravel(), col.ravel()).reshape(len(values), *row.shape)
+            known = np.isfinite(fine)
+            count = known.sum(axis=2)
+            total = np.where(known, fine, 0).sum(axis=2)
+            mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+            results.append(mean.astype(np.float32))
+            cells.append(group.cells[part])
+    return np.concatenate(results, axis=1), np.concatenate(cells)
 
 
 def _spread(values: Values) -> Values:
     """Carry values some cells out over the imagery's edge."""
-    out = values.copy()
+    height, width = values.shape[1:]
+    out = np.pad(values, ((0, 0), (1, 1), (1, 1)), constant_values=np.nan)
     for _ in range(CARRIED_CELLS):
-        padded = np.pad(out, ((0, 0), (1, 1), (1, 1)), constant_values=np.nan)
-        near = sliding_window_view(padded, (3, 3), axis=(1, 2))
-        known = np.isfinite(near)
-        count = known.sum(axis=(3, 4))
-        total = np.where(known, near, 0).sum(axis=(3, 4))
-        fill = np.isnan(out) & (count > 0)
-        out[fill] = total[fill] / count[fill]
-    return out
+        known = np.isfinite(out[0])
+        near = sliding_window_view(known, (3, 3)).any(axis=(2, 3))
+        rows, cols = np.nonzero(near & ~known[1:-1, 1:-1])
+        total = np.zeros((len(out), len(rows)), np.float32)
+        count = np.zeros(len(rows), np.float32)
+        for down in range(3):
+            for right in range(3):
+                there = known[rows + down, cols + right]
+                count += there
+                total[:, there] += out[:, rows[there] + down, cols[there] + right]
+        out[:, rows + 1, cols + 1] = total / count
+    return out[:, 1 : height + 1, 1 : width + 1]
 
 
 def _bilinear(values: Values, row: Floats, col: Floats) -> Values:

@@ -395,7 +395,11 @@ def _copies_over(area: BaseGeometry, grid: GeoBox, period: float) -> BaseGeometr
     bounds = grid.boundingbox
     first = math.floor((bounds.left - right) / period)
     last = math.ceil((bounds.right - left) / period)
-    copies = [_moved(area, period * turn) for turn in range(first, last + 1)]
+    shifts = [period * turn for turn in range(first, last + 1)]
+    # A copy that no more than touches the grid adds nothing, unless it is all there is.
+    edge = _EDGE * abs(grid.affine.a)
+    over = [s for s in shifts if min(right + s, bounds.right) - max(left + s, bounds.left) > edge]
+    copies = [_moved(area, shift) for shift in over or shifts]
     return copies[0] if len(copies) == 1 else shapely.union_all(copies)
 
 

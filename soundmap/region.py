@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyproj
 import shapely
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from odc.geo.geobox import GeoBox
 from pyproj.exceptions import ProjError
 from shapely.geometry import MultiPolygon, Polygon
@@ -153,7 +153,7 @@ def region_from_file(spec: str, where: str | None = None) -> Region:
         )
     if not np.isfinite(shapely.get_coordinates(polygons)).all():
         raise InputError(f"{spec}: some coordinates are not finite numbers; repair the file")
-    merged = shapely.union_all(_polygons_only(shapely.make_valid(polygons)))
+    merged = _union(_polygons_only(shapely.make_valid(polygons)))
     if merged.is_empty:
         raise InputError(f"{spec}: its polygons enclose no area")
     if crs.is_geographic:
@@ -226,6 +226,11 @@ def _as_area(geometry: BaseGeometry, name: str) -> Polygon | MultiPolygon:
     if not isinstance(geometry, Polygon | MultiPolygon) or geometry.is_empty:
         raise InputError(f"{name}: encloses no area on the globe")
     return geometry
+
+
+def _union(polygons: ArrayLike) -> BaseGeometry:
+    """Union of polygons of which most keep to themselves, as those of a coastline do."""
+    return shapely.disjoint_subset_union_all(polygons)
 
 
 def polygons_of(geometry: BaseGeometry) -> BaseGeometry:
@@ -411,7 +416,7 @@ def _place_on_globe(
         )
         parts.append(shapely.difference(shell, shapely.union_all(holes)))
     valid = _polygons_only(shapely.make_valid(np.asarray(parts, dtype=object)))
-    return shapely.union_all([split_antimeridian(part) for part in valid])
+    return _union([split_antimeridian(part) for part in valid])
 
 
 def _close_over_pole(lonlat: Floats, step: Floats, *, hole: bool) -> BaseGeometry:

@@ -27,6 +27,7 @@ from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 
 from soundmap.errors import OutputError
+from soundmap.stores import place
 from soundmap.stores.qml import write_style
 from soundmap.stores.schema import FORMAT_VERSION, VALUE_NAMES, MapSchema, crs_text
 from soundmap.stores.statistics import Statistics
@@ -80,8 +81,7 @@ def export_cog(
     target = Path(target)
     if target.exists() and not overwrite:
         raise OutputError(f"{target}: exists already: add --overwrite or choose another name")
-    # A fixed name, so that the next export clears what a killed one left.
-    scratch = target.with_name(f".{target.name}.new")
+    scratch = scratch_path(target)
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
@@ -101,6 +101,14 @@ def export_cog(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def scratch_path(target: Path) -> Path:
+    """Where a file is made before it is put in place.
+
+    A fixed name, so that the next export clears what a killed one left.
+    """
+    return target.with_name(f".{target.name}.new")
 
 
 def _export(store: ZarrStore, folder: Path, compression: Compression, threads: int | None) -> Path:
@@ -185,7 +193,7 @@ def _vrt(store: ZarrStore) -> ET.Element:
             ET.SubElement(band, "Scale").text = repr(schema.scale)
         ET.SubElement(band, "ColorInterp").text = "Gray" if index == 0 else "Undefined"
         source = ET.SubElement(band, "SimpleSource")
-        ET.SubElement(source, "SourceFilename", relativeToVRT="0").text = str(store.path.absolute())
+        ET.SubElement(source, "SourceFilename", relativeToVRT="0").text = place.absolute(store.path)
         ET.SubElement(source, "SourceBand").text = str(index + 1)
     return root
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ except ImportError:  # Windows has no such locks.
     fcntl = None  # type: ignore[assignment]
 
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_LOOK_SECONDS = 0.1
 
 
 class RunLock:
@@ -48,7 +50,7 @@ class RunLock:
             return
         file = os.open(store / PRIVATE / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except OSError as error:
             os.close(file)
             if error.errno in _HELD:
@@ -74,6 +76,15 @@ class RunLock:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _take(file: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    # Somebody may only have looked whether it is held.
+    time.sleep(_LOOK_SECONDS)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_running(store: Location) -> bool:

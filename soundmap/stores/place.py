@@ -185,12 +185,12 @@ def zarr_location(location: Location, read_only: bool) -> Any:
     )
 
 
-def storage_errors() -> tuple[type[Exception], ...]:
-    """Errors that mean: storage does not do what it was asked; for ``except``.
+def storage_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """Errors that mean: storage does not do what it was asked; for ``except``, with ``more``.
 
     What the libraries under S3 raise is known only once they are loaded.
     """
-    found: list[type[Exception]] = [OSError]
+    found: list[type[Exception]] = [OSError, *more]
     for module, name in (
         ("botocore.exceptions", "BotoCoreError"),
         ("botocore.exceptions", "ClientError"),

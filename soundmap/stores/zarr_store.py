@@ -26,8 +26,8 @@ from soundmap.stores.schema import MapSchema
 from soundmap.stores.statistics import Statistics, merged, partials
 from soundmap.stores.template import Format, consolidate, write_template
 
-# Written last into an object store: without them nothing is there to open.
-_ROOT_FILES = (".zgroup", ".zattrs", ".zmetadata", "zarr.json")
+ROOT_FILES = (".zgroup", ".zattrs", ".zmetadata", "zarr.json")
+"""Written last into an object store: without them nothing is there to open."""
 
 
 class Status(enum.IntEnum):
@@ -163,13 +163,13 @@ class ZarrStore:
 
     def status(self) -> NDArray[np.uint8]:
         """Status of every unit, uint8[rows, columns] of :class:`Status`; finished maps are DONE."""
-        if not self.unsettled():
+        if self.settled():
             return np.full(self.units_shape, Status.DONE, dtype=np.uint8)
         return np.asarray(self._array("status")[...], dtype=np.uint8)
 
-    def unsettled(self) -> bool:
-        """Tell whether units may be left to do; False once the map holds all that it will."""
-        return place.is_file(child(self.path, PRIVATE, *MARKER))
+    def settled(self) -> bool:
+        """Tell whether the map holds all that it will: what its run noted is gone, or going."""
+        return not place.is_file(child(self.path, PRIVATE, *MARKER))
 
     def finish(self, keep_status: bool = False) -> tuple[Statistics, ...]:
         """Complete the map: statistics into its attributes, metadata in one file.
@@ -187,7 +187,7 @@ class ZarrStore:
         self._check_writable()
         with place.writing(self.path):
             place.sweep(self.path)
-            if self.unsettled():
+            if not self.settled():
                 group = self._group("r+")
                 results = merged(np.asarray(self._array("partials")[...]))
                 group.attrs.update(_statistics_attrs(results))
@@ -213,14 +213,12 @@ class ZarrStore:
 
     def _array(self, name: Literal["values", "status", "partials"]) -> Any:
         if name not in self._arrays:
-            # The arrays of a run are of version 2, whatever the map is.
-            inside, version = (PRIVATE, name), 2
-            if name == "values":
-                inside, version = (self.schema.value,), self.zarr_format
+            inside = (self.schema.value,) if name == "values" else (PRIVATE, name)
             self._arrays[name] = zarr.open_array(
                 place.zarr_location(child(self.path, *inside), read_only=self.mode == "r"),
                 mode=self.mode,
-                zarr_format=version,  # type: ignore[arg-type]
+                # The arrays of a run are of version 2, whatever the map is.
+                zarr_format=self.zarr_format if name == "values" else 2,
             )
         return self._arrays[name]
 
@@ -231,7 +229,7 @@ class ZarrStore:
     def _check_there(self) -> None:
         # Zarr makes folders that are missing: below a disk that was taken away, it would go on
         # in the empty folder where the disk used to be.
-        if isinstance(self.path, Path) and not self.unsettled():
+        if isinstance(self.path, Path) and self.settled():
             raise OutputError(
                 f"{self.path}: is gone, or finished meanwhile: if its disk was taken away, put it "
                 "back, and the same command goes on"
@@ -310,7 +308,7 @@ def create(
         else:
             with tempfile.TemporaryDirectory(prefix="soundmap-") as folder:
                 fill(Path(folder))
-                place.upload(Path(folder), location, last=_ROOT_FILES)
+                place.upload(Path(folder), location, last=ROOT_FILES)
     return ZarrStore(location, schema, units_shape, "r+", version)
 
 
@@ -343,7 +341,7 @@ def _read_root(location: Location) -> tuple[dict[str, Any], Format]:
             place.zarr_location(location, read_only=True), mode="r", use_consolidated=False
         )
         return dict(group.attrs), group.metadata.zarr_format
-    except (*place.storage_errors(), ValueError, KeyError) as error:
+    except place.storage_errors(ValueError, KeyError) as error:
         if isinstance(location, Path) or isinstance(error, FileNotFoundError | ValueError):
             raise InputError(f"{location}: not a Zarr store that soundmap can read") from error
         place.forget_connections()

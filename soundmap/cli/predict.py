@@ -161,6 +161,7 @@ def command(
     from soundmap.cli.progress import ConsoleListener
     from soundmap.errors import OutputError, UsageError
     from soundmap.products.draw import draw
+    from soundmap.stores.place import located
 
     if picture and not Path(picture).absolute().parent.is_dir():
         raise OutputError(f"{picture}: its folder does not exist: make it or choose another")
@@ -173,7 +174,7 @@ def command(
         )
     else:
         request = Request(
-            out=out,
+            out=located(out),
             imagery=imagery,
             bbox=bbox,
             region=region,

@@ -40,6 +40,7 @@ Compression = Literal["deflate", "zstd"]
 # reads and writes every block once, so that a larger cache costs memory and saves no time.
 _CACHE_BYTES = 16 << 20
 _BLOCK = 512
+_STYLE = "map.qml"
 _STALE_SIDECARS = (".aux.xml", ".ovr", ".msk")
 
 
@@ -86,11 +87,13 @@ def export_cog(
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         made = _export(store, scratch, compression, threads)
+        if style:
+            # Before the map is in place: room for it is not to be missing afterwards.
+            write_style(store.schema, scratch / _STYLE)
         publish(made, target, overwrite)
         for suffix in _STALE_SIDECARS:
             target.with_name(target.name + suffix).unlink(missing_ok=True)
-        if style:
-            write_style(store.schema, target.with_suffix(".qml"))
+        publish_style(target)
     except OutputError:
         raise
     except (OSError, RasterioError) as error:
@@ -101,6 +104,13 @@ def export_cog(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def publish_style(target: Path) -> None:
+    """Put the style beside a map that is in place, if it is still waiting for that."""
+    made = scratch_path(target) / _STYLE
+    if made.exists():
+        os.replace(made, target.with_suffix(".qml"))
 
 
 def scratch_path(target: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 
 from soundmap.errors import InputError, OutputError, PlanMismatch, SoundmapError
 from soundmap.stores import place
-from soundmap.stores.geotiff import export_cog, scratch_path
+from soundmap.stores.geotiff import export_cog, publish_style, scratch_path
 from soundmap.stores.info import describe
 from soundmap.stores.ledger import PRIVATE
 from soundmap.stores.lock import RunLock, one_at_a_time
@@ -202,6 +202,7 @@ def tidy(target: str | Path) -> None:
             return
         there, left = describe(location), open_store(path).schema
         if (there.fingerprint, there.created) == (left.fingerprint, left.created):
+            publish_style(location)
             place.remove(scratch_path(location))
             discard(path)
 

@@ -25,7 +25,9 @@ from soundmap.runner import UnitReport
 from soundmap.stores import place
 from soundmap.stores.run_state import run_state
 from soundmap.stores.schema import MapSchema
-from soundmap.stores.zarr_store import ZarrStore, create, open_store
+from soundmap.stores.target import check_target
+from soundmap.stores.work import Work, begin, complete
+from soundmap.stores.zarr_store import Status, ZarrStore, create
 from soundmap.testing.store_contract import StoreContract
 
 pytest.importorskip("s3fs")
@@ -102,7 +104,8 @@ class Stop(Listener):
 def objects(address: str) -> set[str]:
     """Names of all objects below an address, asked from the server by another client."""
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
-    pages = boto3.client("s3").get_paginator("list_objects_v2")
+    # A session of its own: the default one would remember the keys of whoever asked first.
+    pages = boto3.session.Session().client("s3").get_paginator("list_objects_v2")
     return {
         found["Key"].removeprefix(prefix + "/")
         for page in pages.paginate(Bucket=bucket, Prefix=prefix + "/")
@@ -110,19 +113,43 @@ def objects(address: str) -> set[str]:
     }
 
 
+# Once, with shards: every request takes the server 10 ms, and a chunk is one, as a shard is. How
+# numbers are packed is no business of the place, and chunks go there in the runs below.
+@pytest.mark.parametrize("schema", ["float32"], indirect=True)
 class TestS3(StoreContract):
-    def make_store(
-        self, folder: Path, schema: MapSchema, units_shape: tuple[int, int]
-    ) -> ZarrStore:
-        return create(f"s3://{BUCKET}/{uuid.uuid4().hex}/map.zarr", schema, units_shape)
-
-
-class TestS3Shards(TestS3):
     def make_store(
         self, folder: Path, schema: MapSchema, units_shape: tuple[int, int]
     ) -> ZarrStore:
         address = f"s3://{BUCKET}/{uuid.uuid4().hex}/map.zarr"
         return create(address, schema, units_shape, shards=True)
+
+    def test_what_was_cut_short_in_the_making_is_made_anew(
+        self, schema: MapSchema, address: str
+    ) -> None:
+        work = Work(schema, (3, 4), shards=True)
+        with begin(address, work, overwrite=False) as store:
+            store.mark((0, 0), Status.DONE)
+        with begin(address, work, overwrite=False) as store:
+            assert store.status()[0, 0] == Status.DONE
+        # The last file that is written, so that nothing else can be there but the rest.
+        place.remove(f"{address}/zarr.json")
+        with begin(address, work, overwrite=False) as store:
+            assert (store.status() == Status.PENDING).all()
+
+    def test_what_was_cut_short_in_the_ending_ends(self, schema: MapSchema, address: str) -> None:
+        work = Work(schema, (3, 4), shards=True)
+        with begin(address, work, overwrite=False) as store:
+            complete(store, address, overwrite=False)
+        left = f"{address}/.soundmap/partials/.zarray"
+        boto3.client("s3").put_object(Bucket=BUCKET, Key=left[len(f"s3://{BUCKET}/") :], Body=b"{}")
+        # It is no finished map yet, and all its units are settled.
+        assert check_target(address) == "zarr"
+        with begin(address, work, overwrite=False) as store:
+            assert (store.status() == Status.DONE).all()
+            complete(store, address, overwrite=False)
+        assert not [name for name in objects(address) if name.startswith(".soundmap")]
+        with pytest.raises(OutputError, match="exists already"):
+            check_target(address)
 
 
 _DRIVER = f"""
@@ -144,17 +171,10 @@ main()
 """
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["chunks", "shards"])
 def test_a_killed_run_goes_on_to_the_same_map(
-    town: Path,
-    address: str,
-    project: Path,
-    command: Command,
-    undisturbed: xr.Dataset,
-    shards: bool,
+    town: Path, address: str, project: Path, command: Command, undisturbed: xr.Dataset
 ) -> None:
     words = ["predict", "--imagery", town, "--concepts", CONCEPTS, "--out", address, "--quiet"]
-    words += ["--shards"] if shards else []
     with subprocess.Popen(
         [sys.executable, "-c", _DRIVER, *map(str, words)],
         cwd=project,
@@ -172,7 +192,8 @@ def test_a_killed_run_goes_on_to_the_same_map(
     with pytest.raises(InputError, match=f"not finished: `soundmap predict {address}`"):
         soundmap.open(address)
 
-    result = command("predict", address)
+    # In a process of its own, which opens the store from its address alone.
+    result = command("predict", address, "--workers", 1)
     assert (result.returncode, result.stdout) == (0, f"Wrote {address}\n")
     assert f"Going on: {state.done} units were done before" in result.stderr
     assert "Unclosed" not in result.stderr
@@ -189,15 +210,6 @@ def test_a_killed_run_goes_on_to_the_same_map(
     np.testing.assert_array_equal(other["probability"], undisturbed["probability"])
 
 
-def test_workers_open_it_from_its_address(
-    town: Path, address: str, undisturbed: xr.Dataset
-) -> None:
-    request = Request(out=address, imagery=str(town), concepts=CONCEPTS, workers=2)
-    run(request)
-    found = soundmap.open(address)["probability"].to_numpy()
-    np.testing.assert_array_equal(found, undisturbed["probability"])
-
-
 def test_other_settings_and_finished_maps_are_in_the_way(town: Path, address: str) -> None:
     request = Request(out=address, imagery=str(town), concepts=CONCEPTS)
     with pytest.raises(KeyboardInterrupt):
@@ -208,37 +220,18 @@ def test_other_settings_and_finished_maps_are_in_the_way(town: Path, address: st
     run(request)
     with pytest.raises(OutputError, match="exists already: add --overwrite"):
         run(request)
-    # Nothing of the older map is left among the chunks of the new one.
+    # Nothing of the older map may be left among the chunks of the new one.
     run(Request(out=address, imagery=str(town), concepts="birdsong", overwrite=True))
     assert soundmap.open(address)["probability"].shape[0] == 1
     assert not [name for name in objects(address) if name.startswith("probability/1/")]
 
 
-def test_what_is_no_map_is_left_alone(town: Path) -> None:
-    address = f"s3://{BUCKET}/{uuid.uuid4().hex}"
-    boto3.client("s3").put_object(Bucket=BUCKET, Key=f"{address[10:]}/thesis.txt", Body=b"years")
+def test_what_is_no_map_is_left_alone(address: str) -> None:
+    key = address.removeprefix(f"s3://{BUCKET}/")
+    boto3.client("s3").put_object(Bucket=BUCKET, Key=f"{key}/thesis.txt", Body=b"years of work")
     with pytest.raises(OutputError, match="left alone"):
-        run(Request(out=f"{address}.zarr/../", imagery=str(town), overwrite=True))
-
-
-def test_a_run_killed_while_its_store_was_made_begins_anew(town: Path, address: str) -> None:
-    request = Request(out=address, imagery=str(town), concepts=CONCEPTS)
-    with pytest.raises(KeyboardInterrupt):
-        run(request, Stop(1))
-    place.remove(f"{address}/.zgroup")
-    run(request)
-    assert soundmap.open(address)["probability"].shape == (2, 24, 32)
-
-
-def test_a_run_killed_at_its_very_end_ends(town: Path, address: str) -> None:
-    request = Request(out=address, imagery=str(town), concepts=CONCEPTS)
-    with pytest.raises(KeyboardInterrupt):
-        run(request, Stop(UNITS))
-    # As if killed between removing the first and the last of what the run noted.
-    place.remove(f"{address}/.soundmap/status/.zarray")
-    assert run_state(address).left == 0
-    open_store(address, "r+").finish()
-    assert not [name for name in objects(address) if name.startswith(".soundmap")]
+        check_target(address, overwrite=True)
+    assert objects(address) == {"thesis.txt"}
 
 
 @pytest.fixture
@@ -320,9 +313,8 @@ def test_refusals_come_before_the_work(
         assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
         assert "Could not connect" in result.stderr
     # In the same process, keys that are right are taken up at once.
-    result = command(*words, address, "--quiet")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert soundmap.open(address)["probability"].shape == (2, 24, 32)
+    assert check_target(address) == "zarr"
+    assert objects(address) == set()
 
 
 def test_rights_that_are_lost_on_the_way_lose_nothing(

@@ -13,6 +13,8 @@ writes the same cloud-optimised layout when it copies a raster that has overview
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -23,12 +25,16 @@ from typing import Literal
 
 import rasterio
 import rasterio.shutil
+
+# Building overviews raises GDAL's errors as they are; no public module names their class.
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 
 from soundmap.errors import OutputError
 from soundmap.stores import place
-from soundmap.stores.qml import write_style
+from soundmap.stores.libtiff_noise import without_libtiff_noise
+from soundmap.stores.qml import style_xml
 from soundmap.stores.schema import FORMAT_VERSION, VALUE_NAMES, MapSchema, crs_text
 from soundmap.stores.statistics import Statistics
 from soundmap.stores.target import publish
@@ -40,6 +46,8 @@ Compression = Literal["deflate", "zstd"]
 # reads and writes every block once, so that a larger cache costs memory and saves no time.
 _CACHE_BYTES = 16 << 20
 _BLOCK = 512
+# GDAL writes in pieces of up to a megabyte for each thread: less than these does not hold one.
+_FULL_BYTES = 4 << 20
 _STYLE = "map.qml"
 _STALE_SIDECARS = (".aux.xml", ".ovr", ".msk")
 
@@ -86,24 +94,33 @@ def export_cog(
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        made = _export(store, scratch, compression, threads)
+        with without_libtiff_noise():
+            made = _export(store, scratch, compression, threads)
         if style:
             # Before the map is in place: room for it is not to be missing afterwards.
-            write_style(store.schema, scratch / _STYLE)
+            (scratch / _STYLE).write_text(style_xml(store.schema), encoding="utf-8")
         publish(made, target, overwrite)
         for suffix in _STALE_SIDECARS:
             target.with_name(target.name + suffix).unlink(missing_ok=True)
         publish_style(target)
     except OutputError:
         raise
-    except (OSError, RasterioError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, RasterioError, CPLE_BaseError) as error:
         raise OutputError(
-            f"{target}: could not be written ({reason}): make room or choose another output"
+            f"{target}: could not be written ({_reason(error, scratch)}): make room or choose "
+            "another output"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    # GDAL names the call that failed, not why: of a full disk it says that it "cannot read".
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < _FULL_BYTES:
+            return os.strerror(errno.ENOSPC)
+    return str(getattr(error, "strerror", None) or getattr(error, "errmsg", None) or error)
 
 
 def publish_style(target: Path) -> None:

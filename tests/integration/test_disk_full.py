@@ -15,7 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import xarray as xr
+from affine import Affine
+from odc.geo.geobox import GeoBox
 
 import soundmap
 from soundmap.api import Listener, Request, run
@@ -23,7 +26,10 @@ from soundmap.errors import OutputError
 from soundmap.layout import Layout
 from soundmap.plan import Estimate, Plan
 from soundmap.runner import UnitReport
+from soundmap.stores.geotiff import export_cog
 from soundmap.stores.run_state import run_state
+from soundmap.stores.schema import MapSchema
+from soundmap.stores.zarr_store import create
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -31,6 +37,28 @@ CONCEPTS = "birdsong,road traffic"
 # The raster of 32 x 24 cells becomes 4 x 3 units.
 UNIT_CELLS = 8
 UNITS = 12
+
+
+SCHEMA = MapSchema(
+    concepts=("birdsong", "road traffic"),
+    groups=("biophony", "anthrophony"),
+    colours=("#33a02c", "#e31a1c"),
+    calibrations=("platt", "platt"),
+    value="probability",
+    formula="",
+    detail="patch",
+    dtype="float32",
+    grid=GeoBox((700, 800), Affine(10, 0, 500_000, 0, -10, 5_500_000), "EPSG:32633"),
+    chunk_cells=800,
+    model="soundmap-small",
+    model_hash="0123",
+    imagery="town.tif",
+    attribution="",
+    licence="",
+    gsd_m=10.0,
+    software="soundmap",
+    created="2026-01-02T03:04:05+00:00",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -183,6 +211,30 @@ def test_an_export_that_fits_by_half(disk: Path, town: Path, undisturbed: xr.Dat
         finally:
             (disk / "ballast").unlink(missing_ok=True)
     assert outcomes == {"refused", "whole"}
+
+
+def test_overviews_that_do_not_fit(
+    disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # GDAL raises errors of another class here, and libtiff prints a line for each block.
+    store = create(tmp_path / "map.zarr", SCHEMA, (1, 1))
+    values = np.random.default_rng(0).random(SCHEMA.shape, dtype=np.float32)
+    store.write(0, 0, values)
+    store.finish()
+    out = disk / "map.tif"
+    for spare in (1 << 15, 1 << 18, 1 << 20, 3 << 20):
+        ballast = fill_up(disk)
+        os.truncate(ballast, ballast.stat().st_size - spare)
+        with pytest.raises(OutputError, match=r"map\.tif: .*No space left.*make room") as caught:
+            export_cog(store, out)
+        assert "\n" not in str(caught.value)
+        ballast.unlink()
+        assert list(disk.iterdir()) == []
+    assert capfd.readouterr().err == ""
+    system("mount", "-o", "remount,size=64m", disk)
+    export_cog(store, out)
+    with rasterio.open(out) as dataset:
+        np.testing.assert_array_equal(dataset.read(), store.read())
 
 
 def test_a_disk_that_is_taken_away(disk: Path, town: Path, undisturbed: xr.DataArray) -> None:

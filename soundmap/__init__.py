@@ -13,14 +13,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from soundmap.api import open_map as open
-    from soundmap.api import predict
+    from soundmap.api import predict, resume
     from soundmap.encoder import load_encoder
 
-__all__ = ["__version__", "load_encoder", "open", "predict"]
+__all__ = ["__version__", "load_encoder", "open", "predict", "resume"]
 
 # Loaded when first used: `soundmap --help` must not wait for torch.
 _LAZY = {
     "predict": ("soundmap.api", "predict"),
+    "resume": ("soundmap.api", "resume"),
     "open": ("soundmap.api", "open_map"),
     "load_encoder": ("soundmap.encoder", "load_encoder"),
 }

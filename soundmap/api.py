@@ -29,23 +29,24 @@ from soundmap.layout import Layout, choose_layout
 from soundmap.pipeline import Job
 from soundmap.plan import Plan, make_plan
 from soundmap.region import Region, region_from_bbox, region_from_file, region_of_globe
-from soundmap.request import DETAILS, DTYPES, Listener, Request
+from soundmap.request import DETAILS, DTYPES, Listener, Request, record, recorded
 from soundmap.runner import Cluster, UnitReport, connect, run_here, run_on_cluster
 from soundmap.scoring import FORMULAS, ConceptBank, choose_value
 from soundmap.sources import open_source
 from soundmap.sources.base import Source
-from soundmap.stores.info import describe
 from soundmap.stores.opening import open_map
-from soundmap.stores.picture import render_png
+from soundmap.stores.place import absolute, located
 from soundmap.stores.schema import MapSchema
 from soundmap.stores.target import check_target
 from soundmap.stores.work import (
     SETTINGS,
+    Work,
     begin,
     check_room,
     complete,
     discard,
     scratch_folder,
+    tidy,
 )
 from soundmap.stores.zarr_store import Status, ZarrStore
 
@@ -54,10 +55,8 @@ if TYPE_CHECKING:
 
 # The region that is no file; a file of that name is ./globe.
 _GLOBE = "globe"
-# Most cells along a side of a picture's panel: more would not be seen.
-_PICTURE_CELLS = 660
 
-__all__ = ["Listener", "Request", "draw", "open_map", "predict", "run"]
+__all__ = ["Listener", "Request", "open_map", "predict", "recorded", "resume", "run"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ def predict(
     dtype: str = "float32",
     precision: str = "auto",
     out: str | Path | None = None,
+    shards: bool = False,
     overwrite: bool = False,
     workers: int | None = None,
     scheduler: str | None = None,
@@ -156,7 +156,9 @@ def predict(
     precision
         What the model computes with: "auto", "float32", "bfloat16" or "int8".
     out
-        ``.tif`` or ``.zarr``; None keeps the map in memory.
+        ``.tif`` or ``.zarr``, or ``s3://bucket/name.zarr``; None keeps the map in memory.
+    shards
+        Write Zarr v3, a shard for each unit of work, for maps of very many units.
     overwrite
         Replace what is there.
     workers, scheduler
@@ -178,7 +180,7 @@ def predict(
     >>> sounds.dims
     ('concept', 'y', 'x')
     """
-    target = Path(out) if out is not None else None
+    target = located(out) if out is not None else None
     with scratch_folder() as folder:
         request = Request(
             out=target or folder / "map.zarr",
@@ -203,6 +205,7 @@ def predict(
             rescale=rescale,
             dtype=dtype,
             precision=precision,
+            shards=shards,
             overwrite=overwrite,
             workers=workers,
             scheduler=scheduler,
@@ -213,11 +216,55 @@ def predict(
         return result if target else result.load()
 
 
-def run(request: Request, listener: Listener | None = None) -> Request:
+def resume(
+    path: str | Path,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    overwrite: bool = False,
+) -> xr.DataArray:
+    """Go on with an unfinished map, as it was asked for when it was begun.
+
+    Parameters
+    ----------
+    path
+        The map's own name, the store of the run beside it, or an ``s3://`` address.
+    workers, scheduler
+        Compute on a Dask cluster from now on.
+    overwrite
+        Let the map take the place of another of its name when it is whole.
+
+    Returns
+    -------
+    xarray.DataArray
+        As `predict` gives it.
+
+    Raises
+    ------
+    SoundmapError
+        One of its kinds, as `predict` raises them; InputError where no run is unfinished.
+    """
+    request = recorded(path, workers=workers, scheduler=scheduler, overwrite=overwrite)
+    done = run(request, going_on=True)
+    assert done.value is not None
+    result: xr.DataArray = open_map(done.out)[done.value]
+    return result
+
+
+def run(request: Request, listener: Listener | None = None, *, going_on: bool = False) -> Request:
     """Map what a request asks for; a stopped run of the same settings goes on where it was.
 
     With ``dry_run``, all is checked and the listener is told what the run would take; nothing is
     computed or written.
+
+    Parameters
+    ----------
+    request
+        What is asked for.
+    listener
+        Hears how it goes.
+    going_on
+        Never throw a stopped run away, even where the request may overwrite.
 
     Returns
     -------
@@ -230,7 +277,10 @@ def run(request: Request, listener: Listener | None = None) -> Request:
         One of its kinds; no output is left behind but that of units already computed.
     """
     listener = listener or Listener()
-    check_target(request.out, request.overwrite)
+    tidy(request.out)
+    kind = check_target(request.out, request.overwrite)
+    if kind == "geotiff" and request.shards:
+        raise UsageError("--shards is for a map in Zarr: name it .zarr, or leave --shards out")
     with connect(request.workers, request.scheduler) as cluster:
         parts = _prepare(request)
         if request.value is None and parts.value != "probability":
@@ -240,22 +290,43 @@ def run(request: Request, listener: Listener | None = None) -> Request:
             )
         request = replace(request, value=parts.value)
         cost = _cost(parts, request)
-        check_room(request.out, cost.bytes_out)
         listener.estimated(cost, parts.layout)
         if request.dry_run:
+            check_room(request.out, cost.bytes_out)
             return request
-        rows, cols = (-(-n // parts.plan.unit_cells) for n in parts.plan.grid.shape)
-        schema = _schema(request, parts)
-        store = begin(request.out, schema, (rows, cols), request.overwrite)
-        try:
-            _compute(request, parts, store, listener, cluster, cost)
-        except SoundmapError:
-            if not (store.status() == Status.DONE).any():
-                discard(store.path)
-            raise
-    listener.exporting()
-    complete(store, request.out, request.overwrite)
+        work = _work(request, parts)
+        with begin(request.out, work, request.overwrite and not going_on) as store:
+            try:
+                left = len(_left(store, parts.plan)) / len(parts.plan.units)
+                check_room(request.out, round(cost.bytes_out * left))
+                _compute(request, parts, store, listener, cluster, cost)
+            except SoundmapError:
+                if _nothing_done(store):
+                    discard(store.path)
+                raise
+            listener.exporting()
+            complete(store, request.out, request.overwrite)
     return request
+
+
+def _work(request: Request, parts: _Parts) -> Work:
+    plan = parts.plan
+    rows, cols = (-(-n // plan.unit_cells) for n in plan.grid.shape)
+    asked = record(request, _model_reference(request.model, parts.card))
+    return Work(
+        schema=_schema(request, parts),
+        units_shape=(rows, cols),
+        shards=request.shards,
+        job={"units": len(plan.units), "request": asked},
+    )
+
+
+def _nothing_done(store: ZarrStore) -> bool:
+    try:
+        return not (store.status() == Status.DONE).any()
+    except (OSError, ValueError):
+        # Storage that failed a moment ago may not say: what is there stays.
+        return False
 
 
 def _compute(
@@ -267,14 +338,14 @@ def _compute(
     cost: Estimate,
 ) -> None:
     plan, layout, imagery = parts.plan, parts.layout, parts.source.info.name
-    job = replace(parts.job, store=str(store.path))
+    job = replace(parts.job, store=absolute(store.path))
     left = _left(store, plan)
     listener.planned(plan, cost, layout, len(left))
     failures: list[UnitReport] = []
 
     def on_report(report: UnitReport) -> None:
         # Only here, after the data: a status never claims what is not stored.
-        store.mark(report.index, report.status)
+        store.mark(report.index, report.status, report.error, report.seconds, report.cells)
         if report.status == Status.FAILED:
             failures.append(report)
         listener.reported(report)
@@ -343,6 +414,8 @@ def _prepare(request: Request) -> _Parts:
         "gsd": f"{reading.gsd_m!r} told {reading.told_m!r}",
         "windows": repr(layout.lattice and (layout.lattice.cell, layout.lattice.anchor)),
     } | {f"imagery {key}": text for key, text in source.info.facts.items()}
+    if request.shards:
+        own["shards"] = "yes"
     facts |= given.facts() | own
     mask = None if request.mask is None else region_from_file(request.mask)
     plan = make_plan(layout.region, layout.grid, layout.unit_cells, facts, mask)
@@ -421,45 +494,4 @@ def _schema(request: Request, parts: _Parts) -> MapSchema:
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         extra=extra,
         fingerprint=parts.plan.fingerprint,
-    )
-
-
-def draw(request: Request, picture: Path, panels: tuple[str, ...] | None = None) -> None:
-    """Draw the map that a request made, beside its imagery, as a PNG.
-
-    Parameters
-    ----------
-    request
-        A request that has run.
-    picture
-        The PNG to write.
-    panels
-        Concepts to show; by default those that are strongest over the largest areas.
-
-    Raises
-    ------
-    UsageError
-        A panel names no concept of the map.
-    OutputError
-        The picture cannot be written.
-    """
-    info = describe(request.out)
-    rows, cols = info.shape
-    step = max(1, -(-max(rows, cols) // _PICTURE_CELLS))
-    data = open_map(request.out)[info.value]
-    values = data[:, step // 2 :: step, step // 2 :: step].to_numpy()
-    assert request.imagery is not None
-    source = open_source(request.imagery, request.bands, request.rescale)
-    grid = data.odc.geobox
-    zoom = _PICTURE_CELLS / max(rows, cols)
-    image = source.read(grid.zoom_to((max(1, round(rows * zoom)), max(1, round(cols * zoom)))))
-    render_png(
-        values,
-        [c.name for c in info.concepts],
-        [c.colour for c in info.concepts],
-        picture,
-        imagery=np.where(image.valid, image.pixels, 255).astype(np.uint8),
-        title=f"{info.imagery}: {info.value} ({info.model})",
-        panels=panels,
-        value=info.value,
     )

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from soundmap.encoder import DEFAULT_MODEL, Conditions
+from soundmap.errors import InputError
 from soundmap.estimate import Estimate
 from soundmap.layout import Layout
 from soundmap.plan import Plan
 from soundmap.runner import UnitReport
+from soundmap.stores.ledger import read_job
+from soundmap.stores.place import located
+from soundmap.stores.work import is_unfinished, target_of, work_path
+
+# Where a run computes and where its store is are not of the job: both may change on the way.
+_NOT_RECORDED = ("out", "dry_run", "workers", "scheduler")
+# Fields that may name files.
+_FILES = ("imagery", "region", "mask", "concepts", "audio")
+# Words that they may hold instead, whatever files have the same name.
+_WORDS = ("sample", "globe")
 
 DETAILS = ("patch", "image")
 DTYPES = ("float32", "uint8")
@@ -39,7 +51,8 @@ class Listener:
 class Request:
     """What to map, how, and where to; the fields are the options of ``soundmap predict``."""
 
-    out: Path
+    out: str | Path
+    """A local ``.tif`` or ``.zarr``, or the ``s3://`` address of a ``.zarr``."""
     imagery: str | None = None
     bbox: tuple[float, float, float, float] | None = None
     region: str | None = None
@@ -61,6 +74,7 @@ class Request:
     rescale: tuple[float, float] | None = None
     dtype: str = "float32"
     precision: str = "auto"
+    shards: bool = False
     overwrite: bool = False
     dry_run: bool = False
     workers: int | None = None
@@ -70,3 +84,84 @@ class Request:
     def conditions(self) -> Conditions:
         """Month, hour and scale."""
         return Conditions(self.month, self.hour, self.scale)
+
+
+def record(request: Request, model: str) -> dict[str, Any]:
+    """Write a request as JSON can hold it, so that it can be repeated from any folder.
+
+    Parameters
+    ----------
+    request
+        The request; where it computes and writes is left out.
+    model
+        Its model, named so that it is found from any folder.
+    """
+    held: dict[str, Any] = {}
+    for item in fields(request):
+        value = getattr(request, item.name)
+        if item.name in _NOT_RECORDED:
+            continue
+        if item.name in _FILES:
+            value = _from_any_folder(value)
+        held[item.name] = list(value) if isinstance(value, tuple) else value
+    return held | {"model": model}
+
+
+def recorded(
+    path: str | Path,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    overwrite: bool = False,
+) -> Request:
+    """Read back what an unfinished run was asked for.
+
+    Parameters
+    ----------
+    path
+        The map's own name, the store of the run beside it, or an address.
+    workers, scheduler
+        Where to compute from now on.
+    overwrite
+        Whether the map may take the place of another when it is whole. It may, too, if that was
+        allowed when the run was begun.
+
+    Raises
+    ------
+    InputError
+        There is no unfinished run, or what it was asked for cannot be read.
+    """
+    target = target_of(located(path))
+    if not is_unfinished(target):
+        there = "is finished: there is nothing to go on with"
+        if isinstance(target, Path) and not target.exists():
+            there = "no unfinished run is here: begin one with --imagery and --out"
+        raise InputError(f"{path}: {there}")
+    held = read_job(work_path(target)).get("request")
+    known = {item.name for item in fields(Request)} - set(_NOT_RECORDED)
+    if not isinstance(held, dict) or not set(held) <= known:
+        raise InputError(
+            f"{path}: what it was asked for is not known here: repeat the command that began it"
+        )
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in held.items()
+    }
+    values["overwrite"] = overwrite or bool(values.get("overwrite"))
+    return Request(out=target, workers=workers, scheduler=scheduler, **values)
+
+
+def _from_any_folder(value: Any) -> Any:
+    """Make relative paths in a field absolute; names stay names."""
+    if isinstance(value, list | tuple):
+        return [_from_any_folder(one) for one in value]
+    if not isinstance(value, str) or value in _WORDS or "://" in value:
+        return value
+    if Path(value).exists() or any(sign in value for sign in "*?"):
+        return str(Path(value).absolute())
+    file, colon, layer = value.rpartition(":")
+    if colon and Path(file).exists():
+        return f"{Path(file).absolute()}:{layer}"
+    name, equals, file = value.partition("=")
+    if equals and Path(file).exists():
+        return f"{name}={Path(file).absolute()}"
+    return value

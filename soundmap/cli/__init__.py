@@ -13,7 +13,7 @@ import click
 from soundmap import __version__
 from soundmap.errors import SoundmapError, UsageError
 
-_VERBS = ("predict", "info", "models", "concepts", "caption", "evaluate", "train")
+_VERBS = ("predict", "status", "info", "models", "concepts", "caption", "evaluate", "train")
 
 
 class _Verbs(click.Group):

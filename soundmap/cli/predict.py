@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from soundmap.cli.options import Numbers, model_option
 
@@ -17,10 +19,14 @@ Examples:
       --concepts "birdsong,road traffic" --text "church bells" --out parks.tif
   soundmap predict --imagery world.vrt --region countries.gpkg --where "NAME = 'Portugal'" \\
       --mask land.gpkg --dry-run --out portugal.zarr
+  soundmap predict lisbon.zarr --workers 4     (goes on with a map that is not finished)
 """
+# What may be said anew where a recorded run goes on: nothing that decides the numbers.
+_ANEW = frozenset({"store", "picture", "overwrite", "dry_run", "workers", "scheduler", "quiet"})
 
 
 @click.command(epilog=_EPILOG)
+@click.argument("store", required=False, metavar="[MAP]")
 @click.option(
     "--imagery",
     metavar="PATH|sample",
@@ -118,14 +124,22 @@ Examples:
     show_default=True,
     help="What the model computes with; lower is faster and a little less exact.",
 )
-@click.option("--out", required=True, metavar="FILE", help="city.tif (GeoTIFF) or city.zarr.")
+@click.option(
+    "--out", metavar="FILE", help="city.tif (GeoTIFF), city.zarr, or s3://bucket/city.zarr."
+)
+@click.option(
+    "--shards", is_flag=True, help="Zarr v3 with a shard per unit: far fewer files in large maps."
+)
 @click.option("--picture", metavar="PNG", help="Also draw a picture of the map.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.option("--dry-run", is_flag=True, help="Say what the run would take, and end.")
 @click.option("--workers", type=int, metavar="N", help="Compute in N processes (Dask).")
 @click.option("--scheduler", metavar="ADDRESS", help="Compute on a running Dask cluster.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.pass_context
 def command(
+    ctx: click.Context,
+    store: str | None,
     imagery: str | None,
     bbox: tuple[float, float, float, float] | None,
     region: str | None,
@@ -147,7 +161,8 @@ def command(
     rescale: tuple[float, float] | None,
     dtype: str,
     precision: str,
-    out: str,
+    out: str | None,
+    shards: bool,
     picture: str | None,
     overwrite: bool,
     dry_run: bool,
@@ -155,48 +170,80 @@ def command(
     scheduler: str | None,
     quiet: bool,
 ) -> None:
-    """Map what a place sounds like: a layer for each sound, in QGIS or xarray."""
-    from soundmap.api import Request, draw, run
+    """Map what a place sounds like: a layer for each sound, in QGIS or xarray.
+
+    With the name of a MAP that is not finished, go on with it as it was begun.
+    """
+    from soundmap.api import Request, recorded, run
     from soundmap.cli.progress import ConsoleListener
-    from soundmap.errors import OutputError
+    from soundmap.errors import OutputError, UsageError
+    from soundmap.products.draw import draw
+    from soundmap.stores.place import located
 
     if picture and not Path(picture).absolute().parent.is_dir():
         raise OutputError(f"{picture}: its folder does not exist: make it or choose another")
-    request = Request(
-        out=Path(out),
-        imagery=imagery,
-        bbox=bbox,
-        region=region,
-        where=where,
-        mask=mask,
-        model=model,
-        concepts=concepts,
-        text=text,
-        audio=audio,
-        value=value,
-        detail=detail,
-        crs=crs,
-        resolution=resolution,
-        gsd=gsd,
-        scale=scale,
-        month=month,
-        hour=hour,
-        bands=bands,
-        rescale=rescale,
-        dtype=dtype,
-        precision=precision,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        workers=workers,
-        scheduler=scheduler,
-    )
+    if store is not None:
+        _refuse_other_options(ctx, store)
+        request = recorded(store, workers=workers, scheduler=scheduler, overwrite=overwrite)
+        request = replace(request, dry_run=dry_run)
+    elif out is None:
+        raise UsageError(
+            "no output: name a file with --out, or the map of an unfinished run to go on with it"
+        )
+    else:
+        request = Request(
+            out=located(out),
+            imagery=imagery,
+            bbox=bbox,
+            region=region,
+            where=where,
+            mask=mask,
+            model=model,
+            concepts=concepts,
+            text=text,
+            audio=audio,
+            value=value,
+            detail=detail,
+            crs=crs,
+            resolution=resolution,
+            gsd=gsd,
+            scale=scale,
+            month=month,
+            hour=hour,
+            bands=bands,
+            rescale=rescale,
+            dtype=dtype,
+            precision=precision,
+            shards=shards,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            workers=workers,
+            scheduler=scheduler,
+        )
     with ConsoleListener(quiet) as listener:
-        request = run(request, listener)
+        request = run(request, listener, going_on=store is not None)
     if dry_run:
         return
     if not quiet:
-        click.echo(f"Wrote {out}")
+        click.echo(f"Wrote {request.out}")
     if picture:
         draw(request, Path(picture))
         if not quiet:
             click.echo(f"Wrote {picture}")
+
+
+def _refuse_other_options(ctx: click.Context, store: str) -> None:
+    """Refuse options that a recorded run would silently leave unheard."""
+    from soundmap.errors import UsageError
+
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if parameter.name not in _ANEW
+        and ctx.get_parameter_source(str(parameter.name)) == ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: {store} goes on as it was begun: leave these out, or begin "
+            "another map with --out"
+        )

@@ -13,6 +13,8 @@ writes the same cloud-optimised layout when it copies a raster that has overview
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -23,11 +25,16 @@ from typing import Literal
 
 import rasterio
 import rasterio.shutil
+
+# Building overviews raises GDAL's errors as they are; no public module names their class.
+from rasterio._err import CPLE_BaseError
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 
 from soundmap.errors import OutputError
-from soundmap.stores.qml import write_style
+from soundmap.stores import place
+from soundmap.stores.libtiff_noise import without_libtiff_noise
+from soundmap.stores.qml import style_xml
 from soundmap.stores.schema import FORMAT_VERSION, VALUE_NAMES, MapSchema, crs_text
 from soundmap.stores.statistics import Statistics
 from soundmap.stores.target import publish
@@ -39,6 +46,9 @@ Compression = Literal["deflate", "zstd"]
 # reads and writes every block once, so that a larger cache costs memory and saves no time.
 _CACHE_BYTES = 16 << 20
 _BLOCK = 512
+# GDAL writes in pieces of up to a megabyte for each thread: less than these does not hold one.
+_FULL_BYTES = 4 << 20
+_STYLE = "map.qml"
 _STALE_SIDECARS = (".aux.xml", ".ovr", ".msk")
 
 
@@ -80,27 +90,52 @@ def export_cog(
     target = Path(target)
     if target.exists() and not overwrite:
         raise OutputError(f"{target}: exists already: add --overwrite or choose another name")
-    # A fixed name, so that the next export clears what a killed one left.
-    scratch = target.with_name(f".{target.name}.new")
+    scratch = scratch_path(target)
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        made = _export(store, scratch, compression, threads)
+        with without_libtiff_noise():
+            made = _export(store, scratch, compression, threads)
+        if style:
+            # Before the map is in place: room for it is not to be missing afterwards.
+            (scratch / _STYLE).write_text(style_xml(store.schema), encoding="utf-8")
         publish(made, target, overwrite)
         for suffix in _STALE_SIDECARS:
             target.with_name(target.name + suffix).unlink(missing_ok=True)
-        if style:
-            write_style(store.schema, target.with_suffix(".qml"))
+        publish_style(target)
     except OutputError:
         raise
-    except (OSError, RasterioError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, RasterioError, CPLE_BaseError) as error:
         raise OutputError(
-            f"{target}: could not be written ({reason}): make room or choose another output"
+            f"{target}: could not be written ({_reason(error, scratch)}): make room or choose "
+            "another output"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    # GDAL names the call that failed, not why: of a full disk it says that it "cannot read".
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(folder).free < _FULL_BYTES:
+            return os.strerror(errno.ENOSPC)
+    return str(getattr(error, "strerror", None) or getattr(error, "errmsg", None) or error)
+
+
+def publish_style(target: Path) -> None:
+    """Put the style beside a map that is in place, if it is still waiting for that."""
+    made = scratch_path(target) / _STYLE
+    if made.exists():
+        os.replace(made, target.with_suffix(".qml"))
+
+
+def scratch_path(target: Path) -> Path:
+    """Where a file is made before it is put in place.
+
+    A fixed name, so that the next export clears what a killed one left.
+    """
+    return target.with_name(f".{target.name}.new")
 
 
 def _export(store: ZarrStore, folder: Path, compression: Compression, threads: int | None) -> Path:
@@ -185,7 +220,7 @@ def _vrt(store: ZarrStore) -> ET.Element:
             ET.SubElement(band, "Scale").text = repr(schema.scale)
         ET.SubElement(band, "ColorInterp").text = "Gray" if index == 0 else "Undefined"
         source = ET.SubElement(band, "SimpleSource")
-        ET.SubElement(source, "SourceFilename", relativeToVRT="0").text = str(store.path.absolute())
+        ET.SubElement(source, "SourceFilename", relativeToVRT="0").text = place.absolute(store.path)
         ET.SubElement(source, "SourceBand").text = str(index + 1)
     return root
 

@@ -15,6 +15,7 @@ from pyproj.exceptions import ProjError
 from rasterio.errors import RasterioError
 
 from soundmap.errors import InputError
+from soundmap.stores.place import Location, located
 from soundmap.stores.schema import MapSchema, crs_text
 from soundmap.stores.statistics import Statistics
 from soundmap.stores.zarr_store import open_store
@@ -36,7 +37,7 @@ class ConceptInfo:
 class MapInfo:
     """What a map says about itself."""
 
-    path: Path
+    path: Location
     kind: str
     """"GeoTIFF" or "Zarr"."""
     concepts: tuple[ConceptInfo, ...]
@@ -78,14 +79,14 @@ def describe(path: str | Path) -> MapInfo:
     InputError
         There is no such file, or soundmap did not write it.
     """
-    path = Path(path)
-    if not path.exists():
+    location = located(path)
+    if not isinstance(location, Path) or location.is_dir():
+        store = open_store(location)
+        return _info(location, "Zarr", store.schema, store.statistics())
+    if not location.exists():
         raise InputError(f"{path}: no such file: check the path")
-    if path.is_dir():
-        store = open_store(path)
-        return _info(path, "Zarr", store.schema, store.statistics())
-    schema, statistics = _read_geotiff(path)
-    return _info(path, "GeoTIFF", schema, statistics)
+    schema, statistics = _read_geotiff(location)
+    return _info(location, "GeoTIFF", schema, statistics)
 
 
 def _read_geotiff(path: Path) -> tuple[MapSchema, tuple[Statistics, ...]]:
@@ -131,7 +132,9 @@ def _statistics(tags: Mapping[str, str], schema: MapSchema) -> Statistics | None
     return Statistics(low + shift, high + shift, mean + shift, deviation, valid)
 
 
-def _info(path: Path, kind: str, schema: MapSchema, statistics: tuple[Statistics, ...]) -> MapInfo:
+def _info(
+    path: Location, kind: str, schema: MapSchema, statistics: tuple[Statistics, ...]
+) -> MapInfo:
     found = (
         statistics if len(statistics) == len(schema.concepts) else (None,) * len(schema.concepts)
     )

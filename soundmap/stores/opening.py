@@ -9,6 +9,9 @@ import xarray as xr
 
 from soundmap.errors import InputError
 from soundmap.stores.info import describe
+from soundmap.stores.ledger import PRIVATE
+from soundmap.stores.place import located, names_in, zarr_location
+from soundmap.stores.work import is_unfinished, target_of
 
 
 def open_map(path: str | Path) -> xr.Dataset:
@@ -17,7 +20,7 @@ def open_map(path: str | Path) -> xr.Dataset:
     Parameters
     ----------
     path
-        A ``.zarr`` or ``.tif``.
+        A ``.zarr`` or ``.tif``, or the ``s3://`` address of a ``.zarr``.
 
     Returns
     -------
@@ -29,11 +32,20 @@ def open_map(path: str | Path) -> xr.Dataset:
     Raises
     ------
     InputError
-        There is no such file, or soundmap did not write it.
+        There is no such file, soundmap did not write it, or its run has not ended.
     """
-    info = describe(path)
+    location = located(path)
+    begun = isinstance(location, Path) and not location.exists() and is_unfinished(location)
+    if begun or PRIVATE in names_in(location):
+        name = target_of(location)
+        raise InputError(
+            f"{path}: not finished: `soundmap predict {name}` goes on with it, `soundmap status "
+            f"{name}` tells how far it is"
+        )
+    info = describe(location)
     if info.kind == "Zarr":
-        data = xr.open_zarr(str(path), consolidated=True, decode_coords="all", zarr_format=2)
+        source = zarr_location(location, read_only=True)
+        data = xr.open_zarr(source, consolidated=True, decode_coords="all")
         return data.rio.write_crs(info.crs)
     raster = rioxarray.open_rasterio(Path(path), masked=True, mask_and_scale=True, chunks={})
     if not isinstance(raster, xr.DataArray):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Literal
 
 from soundmap.errors import OutputError
+from soundmap.stores import place
+from soundmap.stores.ledger import PRIVATE
+from soundmap.stores.place import child, last_name
 
 Kind = Literal["geotiff", "zarr"]
 
@@ -20,7 +23,8 @@ _ZARR_MARKERS = (".zgroup", ".zarray", "zarr.json")
 def check_target(path: str | Path, overwrite: bool = False) -> Kind:
     """Check that a map can be written to ``path``, and say which kind it is.
 
-    Leaves nothing behind.
+    Leaves nothing behind. At an address, a run that is not finished may go on: only what is
+    finished, or not a map, is in its way.
 
     Raises
     ------
@@ -28,13 +32,15 @@ def check_target(path: str | Path, overwrite: bool = False) -> Kind:
         The suffix is unknown, the folder is missing or cannot be written to, something is there
         already and ``overwrite`` is off, or what is there is not a map and must not be replaced.
     """
-    # A path loses one of the two slashes of an address.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise OutputError(f"{path}: maps are written to local folders: give a file path")
-    path = Path(path)
-    kind = _SUFFIXES.get(path.suffix.lower())
+    location = place.located(path)
+    suffix = Path(last_name(location)).suffix.lower()
+    kind = _SUFFIXES.get(suffix)
     if kind is None:
         raise OutputError(f"{path}: unknown output type: name it .tif (GeoTIFF) or .zarr (Zarr)")
+    if not isinstance(location, Path):
+        _check_remote(location, kind, overwrite)
+        return kind
+    path = location
     folder = path.absolute().parent
     if not folder.is_dir():
         raise OutputError(f"{path}: folder {folder} does not exist: make it or choose another")
@@ -72,7 +78,7 @@ def publish(tmp: str | Path, target: str | Path, overwrite: bool = False) -> Non
         The target is taken, or the rename failed.
     """
     tmp, target = Path(tmp), Path(target)
-    aside = target.with_name(f".{target.name}.old")
+    aside = aside_path(target)
     try:
         if not target.exists():
             os.rename(tmp, target)
@@ -99,6 +105,11 @@ def publish(tmp: str | Path, target: str | Path, overwrite: bool = False) -> Non
         raise OutputError(f"{target}: could not be put in place ({reason})") from error
 
 
+def aside_path(target: Path) -> Path:
+    """Where an older folder waits while the new one takes its place."""
+    return target.with_name(f".{target.name}.old")
+
+
 def _check_replaceable(path: Path, kind: Kind, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{path}: exists already: add --overwrite or choose another name")
@@ -106,6 +117,29 @@ def _check_replaceable(path: Path, kind: Kind, overwrite: bool) -> None:
         raise OutputError(f"{path}: is a folder, not a GeoTIFF to replace: choose another name")
     if kind == "zarr" and not any((path / name).is_file() for name in _ZARR_MARKERS):
         raise OutputError(f"{path}: is not a Zarr store, so it is left alone: choose another name")
+
+
+def _check_remote(address: str, kind: Kind, overwrite: bool) -> None:
+    if kind == "geotiff":
+        raise OutputError(
+            f"{address}: a GeoTIFF is written to a folder: name a .zarr there, or write the file "
+            "here and copy it"
+        )
+    with place.writing(address, "cannot be written"):
+        names = place.names_in(address)
+        probe = child(address, PRIVATE, f"probe-{os.getpid()}")
+        place.write_bytes(probe, b"")
+        with contextlib.suppress(*place.storage_errors()):
+            # Some keys may write and not remove.
+            place.remove(probe)
+    if not names or PRIVATE in names:
+        return
+    if not overwrite:
+        raise OutputError(f"{address}: exists already: add --overwrite or choose another name")
+    if not any(marker in names for marker in _ZARR_MARKERS):
+        raise OutputError(
+            f"{address}: is not a Zarr store, so it is left alone: choose another name"
+        )
 
 
 def _remove(path: Path) -> None:

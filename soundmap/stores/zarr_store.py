@@ -1,15 +1,6 @@
 """Maps as Zarr: created once, written a unit at a time from many processes, then finished.
 
-Layout of ``city.zarr`` (Zarr v2, the version that GDAL from 3.4 on reads)::
-
-    probability     (concept, y, x), named by the map's value; chunks (1, n, n)
-    concept, group  (concept,) text
-    x, y            cell centres
-    spatial_ref     CRS as CF writes it
-    .soundmap/      only while the map is being made: status of units, statistics of chunks
-
-GDAL opens the folder itself as a raster as long as one array alone has two dimensions or
-more. The arrays of ``.soundmap`` therefore stand outside the store's hierarchy.
+What lies where is told in `soundmap.stores.template`, what a run notes in `soundmap.stores.ledger`.
 """
 
 from __future__ import annotations
@@ -17,8 +8,8 @@ from __future__ import annotations
 import enum
 import os
 import shutil
-import warnings
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,16 +17,17 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.common import JSON
 
 from soundmap.errors import InputError, OutputError, UsageError
-from soundmap.stores.schema import VALUE_NAMES, MapSchema, crs_text
-from soundmap.stores.statistics import PARTIALS, Statistics, merged, partials
+from soundmap.stores import place
+from soundmap.stores.ledger import MARKER, PRIVATE, Ledger, write_job
+from soundmap.stores.place import Location, child
+from soundmap.stores.schema import MapSchema
+from soundmap.stores.statistics import Statistics, merged, partials
+from soundmap.stores.template import Format, consolidate, write_template
 
-_PRIVATE = ".soundmap"
-_STATUS_CHUNK = 64
-# Bare Zstandard: GDAL is often built without Blosc, and zlib takes four times as long.
-_COMPRESSOR: dict[str, JSON] = {"id": "zstd", "level": 1}
+ROOT_FILES = (".zgroup", ".zattrs", ".zmetadata", "zarr.json")
+"""Written last into an object store: without them nothing is there to open."""
 
 
 class Status(enum.IntEnum):
@@ -51,14 +43,16 @@ class Status(enum.IntEnum):
 class ZarrStore:
     """A handle on a map in a Zarr store. It is plain data and pickles; arrays open on first use.
 
-    Writing is safe from many processes at once as long as each chunk has one writer.
+    Writing is safe from many processes at once as long as each chunk or shard has one writer.
     """
 
-    path: Path
+    path: Location
     schema: MapSchema
     units_shape: tuple[int, int]
     """Rows and columns of units."""
     mode: Literal["r", "r+"] = "r"
+    zarr_format: Format = 2
+    """Version of Zarr; 3 is a map with shards."""
     _arrays: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,7 +86,8 @@ class ZarrStore:
         stored = self.schema.pack(block)
         size = self.schema.chunk_cells
         _, height, width = stored.shape
-        try:
+        with place.writing(self.path):
+            self._check_there()
             values = self._array("values")
             values[:, row0 : row0 + height, col0 : col0 + width] = stored
             sums = self._array("partials")
@@ -100,8 +95,6 @@ class ZarrStore:
                 for col in range(0, width, size):
                     chunk = self.schema.unpack(stored[:, row : row + size, col : col + size])
                     sums[(row0 + row) // size, (col0 + col) // size] = partials(chunk)
-        except OSError as error:
-            raise self._write_error(error) from error
 
     def read(
         self,
@@ -117,54 +110,130 @@ class ZarrStore:
             stored = values.oindex[list(concepts), rows, cols]
         return self.schema.unpack(np.asarray(stored))
 
-    def mark(self, index: tuple[int, int], status: Status) -> None:
-        """Record what became of a unit. For one process alone, after the unit's data."""
+    def mark(
+        self,
+        index: tuple[int, int],
+        status: Status,
+        error: str = "",
+        seconds: float = 0.0,
+        cells: int = 0,
+    ) -> None:
+        """Record what became of a unit. For one process alone, after the unit's data.
+
+        Parameters
+        ----------
+        index
+            Row and column of the unit.
+        status
+            What became of it.
+        error
+            Why it failed, one line.
+        seconds
+            Time that it took.
+        cells
+            How many cells it has.
+
+        Raises
+        ------
+        UsageError
+            The store is open for reading only.
+        OutputError
+            It could not be written down: the unit will be computed again.
+        """
         self._check_writable()
-        try:
+        with place.writing(self.path):
+            self._check_there()
+            ledger = self.ledger()
+            if status == Status.FAILED:
+                ledger.reason(index, error)
             self._array("status")[index] = int(status)
-        except OSError as error:
-            raise self._write_error(error) from error
+            ledger.count(
+                computed=status == Status.DONE,
+                failed=status == Status.FAILED,
+                seconds=seconds,
+                cells=cells,
+            )
+
+    def ledger(self) -> Ledger:
+        """Notes of this run, begun when they are first asked for. For one process alone."""
+        if "ledger" not in self._arrays:
+            self._arrays["ledger"] = Ledger(self.path)
+        notes: Ledger = self._arrays["ledger"]
+        return notes
 
     def status(self) -> NDArray[np.uint8]:
         """Status of every unit, uint8[rows, columns] of :class:`Status`; finished maps are DONE."""
-        if not (self.path / _PRIVATE).is_dir():
+        if self.settled():
             return np.full(self.units_shape, Status.DONE, dtype=np.uint8)
         return np.asarray(self._array("status")[...], dtype=np.uint8)
+
+    def settled(self) -> bool:
+        """Tell whether the map holds all that it will: what its run noted is gone, or going."""
+        return not place.is_file(child(self.path, PRIVATE, *MARKER))
 
     def finish(self, keep_status: bool = False) -> tuple[Statistics, ...]:
         """Complete the map: statistics into its attributes, metadata in one file.
 
-        May be repeated. ``keep_status`` keeps what a later run needs to compute the units that
-        failed; without it the status goes, and the store holds nothing but the map.
+        May be repeated, and killed. ``keep_status`` keeps what a run needs to go on; without it
+        that goes, and the store holds nothing but the map.
+
+        Raises
+        ------
+        UsageError
+            The store is open for reading only.
+        OutputError
+            It could not be written.
         """
         self._check_writable()
-        try:
-            if (self.path / _PRIVATE).is_dir():
-                group = zarr.open_group(self.path, mode="r+", zarr_format=2, use_consolidated=False)
+        with place.writing(self.path):
+            place.sweep(self.path)
+            if not self.settled():
+                group = self._group("r+")
                 results = merged(np.asarray(self._array("partials")[...]))
                 group.attrs.update(_statistics_attrs(results))
-            _consolidate(self.path)
+            consolidate(place.zarr_location(self.path, read_only=False), self.zarr_format)
             if not keep_status:
-                shutil.rmtree(self.path / _PRIVATE, ignore_errors=True)
+                # The marker first: halves of the rest must not pass for a run with all to do.
+                place.remove(child(self.path, PRIVATE, *MARKER))
+                place.remove(child(self.path, PRIVATE))
                 self._arrays.clear()
-        except OSError as error:
-            raise self._write_error(error) from error
         return self.statistics()
 
     def statistics(self) -> tuple[Statistics, ...]:
         """Statistics of every concept, as :meth:`finish` left them; empty before it."""
-        group = zarr.open_group(self.path, mode="r", zarr_format=2, use_consolidated=False)
-        return _read_statistics(dict(group.attrs))
+        return _read_statistics(dict(self._group("r").attrs))
+
+    def _group(self, mode: Literal["r", "r+"]) -> zarr.Group:
+        return zarr.open_group(
+            place.zarr_location(self.path, read_only=mode == "r"),
+            mode=mode,
+            zarr_format=self.zarr_format,
+            use_consolidated=False,
+        )
 
     def _array(self, name: Literal["values", "status", "partials"]) -> Any:
         if name not in self._arrays:
-            inside = self.schema.value if name == "values" else f"{_PRIVATE}/{name}"
-            self._arrays[name] = zarr.open_array(self.path / inside, mode=self.mode, zarr_format=2)
+            inside = (self.schema.value,) if name == "values" else (PRIVATE, name)
+            self._arrays[name] = zarr.open_array(
+                place.zarr_location(child(self.path, *inside), read_only=self.mode == "r"),
+                mode=self.mode,
+                # The arrays of a run are of version 2, whatever the map is.
+                zarr_format=self.zarr_format if name == "values" else 2,
+            )
         return self._arrays[name]
 
     def _check_writable(self) -> None:
         if self.mode == "r":
             raise UsageError(f"{self.path}: opened for reading: open it with mode 'r+' to write")
+
+    def _check_there(self) -> None:
+        # Zarr makes folders that are missing: below a disk that was taken away, it would go on
+        # in the empty folder where the disk used to be.
+        if isinstance(self.path, Path) and self.settled():
+            raise OutputError(
+                f"{self.path}: is gone, or finished meanwhile: if its disk was taken away, put it "
+                "back, and the same command goes on"
+            )
 
     def _check_block(self, row0: int, col0: int, shape: tuple[int, ...]) -> None:
         count, height, width = self.schema.shape
@@ -183,12 +252,6 @@ class ZarrStore:
                     f"{axis} {start}:{stop} cut through chunks of {size} cells: write whole chunks"
                 )
 
-    def _write_error(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"{self.path}: could not be written ({error.strerror or error}): "
-            "make room or choose another output"
-        )
-
 
 def create(
     path: str | Path,
@@ -196,42 +259,57 @@ def create(
     units_shape: tuple[int, int],
     *,
     scratch: bool = False,
+    shards: bool = False,
+    job: Mapping[str, Any] | None = None,
 ) -> ZarrStore:
     """Create an empty map, all cells without value and all units pending.
 
     Parameters
     ----------
     path
-        A folder that does not exist yet. It appears whole or not at all.
+        A folder or address where there is nothing yet. A folder appears whole or not at all; at an
+        address, what a kill leaves is there but cannot be opened.
     schema
         What the map will hold.
     units_shape
         Rows and columns of units, for the status.
     scratch
         For a store that only feeds a GeoTIFF: nothing is compressed, which is faster.
+    shards
+        Zarr v3, a shard for each unit.
+    job
+        What was asked for, as JSON can hold it: kept until the map is finished.
 
     Raises
     ------
     OutputError
         It exists already, or cannot be made.
     """
-    path = Path(path)
-    if path.exists():
+    location = place.located(path)
+    version: Format = 3 if shards else 2
+    if location.exists() if isinstance(location, Path) else place.names_in(location):
         raise OutputError(f"{path}: exists already: remove it or choose another name")
-    # A fixed name, so that the next run clears what a killed one left.
-    made = path.with_name(f".{path.name}.new")
-    try:
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        try:
-            _write_template(made, schema, units_shape, scratch)
-            os.rename(made, path)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"{path}: could not be made ({reason}): choose another output") from error
-    return ZarrStore(path, schema, units_shape, "r+")
+
+    def fill(folder: Path) -> None:
+        write_template(folder, schema, units_shape, zarr_format=version, scratch=scratch)
+        write_job(folder, job or {})
+
+    with place.writing(location, "could not be made"):
+        if isinstance(location, Path):
+            # A fixed name, so that the next run clears what a killed one left.
+            made = location.with_name(f".{location.name}.new")
+            try:
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir()
+                fill(made)
+                os.rename(made, location)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+        else:
+            with tempfile.TemporaryDirectory(prefix="soundmap-") as folder:
+                fill(Path(folder))
+                place.upload(Path(folder), location, last=ROOT_FILES)
+    return ZarrStore(location, schema, units_shape, "r+", version)
 
 
 def open_store(path: str | Path, mode: Literal["r", "r+"] = "r") -> ZarrStore:
@@ -242,8 +320,8 @@ def open_store(path: str | Path, mode: Literal["r", "r+"] = "r") -> ZarrStore:
     InputError
         There is none, or it is not one of soundmap's.
     """
-    path = Path(path)
-    attrs = read_attrs(path)
+    location = place.located(path)
+    attrs, version = _read_root(location)
     try:
         schema = MapSchema.from_attrs(attrs)
         rows, cols = attrs["units_shape"]
@@ -251,133 +329,25 @@ def open_store(path: str | Path, mode: Literal["r", "r+"] = "r") -> ZarrStore:
         raise InputError(f"{path}: not a soundmap map: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a soundmap map: its description is damaged") from error
-    return ZarrStore(path, schema, (int(rows), int(cols)), mode)
+    return ZarrStore(location, schema, (int(rows), int(cols)), mode, version)
 
 
-def read_attrs(path: Path) -> dict[str, Any]:
-    """Return the attributes of a Zarr group; InputError where there is none."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file: check the path")
+def _read_root(location: Location) -> tuple[dict[str, Any], Format]:
+    """Return the attributes of a Zarr group and its version; InputError where there is none."""
+    if isinstance(location, Path) and not location.exists():
+        raise InputError(f"{location}: no such file: check the path")
     try:
-        group = zarr.open_group(path, mode="r", zarr_format=2, use_consolidated=False)
-        return dict(group.attrs)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a Zarr store that soundmap can read") from error
-
-
-def read_statistics(path: Path) -> tuple[Statistics, ...]:
-    """Return the statistics in a finished store; empty if it is not finished."""
-    return _read_statistics(read_attrs(path))
-
-
-def _write_template(
-    path: Path, schema: MapSchema, units_shape: tuple[int, int], scratch: bool
-) -> None:
-    group = zarr.create_group(path, zarr_format=2)
-    group.attrs.update(
-        {
-            "Conventions": "CF-1.10",
-            "title": f"Soundscape map: {VALUE_NAMES[schema.value]}",
-            **schema.attrs(),
-            "units_shape": list(units_shape),
-        }
-    )
-    size = schema.chunk_cells
-    count, height, width = schema.shape
-    values = group.create_array(
-        schema.value,
-        shape=schema.shape,
-        chunks=(1, min(size, height), min(size, width)),
-        dtype=schema.dtype,
-        fill_value=schema.nodata if schema.dtype == "float32" else int(schema.nodata),
-        compressors=None if scratch else _COMPRESSOR,
-        chunk_key_encoding={"name": "v2", "separator": "/"},
-    )
-    values.attrs.update(_values_attrs(schema))
-    _put(group, "concept", np.array(schema.concepts), ["concept"], {"long_name": "sound"})
-    _put(group, "group", np.array(schema.groups), ["concept"], {"long_name": "group of the sound"})
-    _put_axes(group, schema)
-
-    private = path / _PRIVATE
-    zarr.create_array(
-        private / "status",
-        shape=units_shape,
-        chunks=(_STATUS_CHUNK, _STATUS_CHUNK),
-        dtype="uint8",
-        fill_value=int(Status.PENDING),
-        zarr_format=2,
-    )
-    zarr.create_array(
-        private / "partials",
-        shape=(-(-height // size), -(-width // size), len(PARTIALS), count),
-        chunks=(1, 1, len(PARTIALS), count),
-        dtype="float64",
-        fill_value=0.0,
-        compressors=None,
-        chunk_key_encoding={"name": "v2", "separator": "/"},
-        zarr_format=2,
-    )
-    _consolidate(path)
-
-
-def _values_attrs(schema: MapSchema) -> dict[str, Any]:
-    crs = schema.grid.crs
-    assert crs is not None
-    # GDAL up to 3.8 knows the CRS by its own attribute alone.
-    own: dict[str, Any] = {"wkt": crs.to_wkt(), "projjson": crs.proj.to_json_dict()}
-    text = crs_text(crs)
-    if text.startswith("EPSG:"):
-        own["url"] = f"http://www.opengis.net/def/crs/EPSG/0/{text[5:]}"
-    attrs: dict[str, Any] = {
-        "_ARRAY_DIMENSIONS": ["concept", "y", "x"],
-        "_CRS": own,
-        "grid_mapping": "spatial_ref",
-        "coordinates": "spatial_ref group",
-        "long_name": VALUE_NAMES[schema.value],
-        "units": "1",
-    }
-    if schema.dtype == "uint8":
-        attrs |= {"scale_factor": schema.scale, "add_offset": schema.offset}
-    return attrs
-
-
-def _put_axes(group: zarr.Group, schema: MapSchema) -> None:
-    crs = schema.grid.crs
-    assert crs is not None
-    described = {axis.get("axis"): axis for axis in crs.proj.cs_to_cf()}
-    for name, dimension in zip(("y", "x"), schema.grid.dimensions, strict=True):
-        centres = schema.grid.coords[dimension].values
-        _put(
-            group, name, centres, [name], {"axis": name.upper(), **described.get(name.upper(), {})}
+        group = zarr.open_group(
+            place.zarr_location(location, read_only=True), mode="r", use_consolidated=False
         )
-    mapping = crs.proj.to_cf()
-    mapping["spatial_ref"] = mapping.get("crs_wkt", crs.to_wkt())
-    mapping["GeoTransform"] = " ".join(repr(float(n)) for n in schema.grid.affine.to_gdal())
-    _put(group, "spatial_ref", np.array(0, dtype=np.int32), [], mapping)
-
-
-def _put(
-    group: zarr.Group, name: str, data: NDArray[Any], dims: list[str], attrs: dict[str, Any]
-) -> None:
-    # No fill value: xarray would take coordinates that equal it for missing.
-    array = group.create_array(
-        name,
-        shape=data.shape,
-        chunks=data.shape,
-        dtype=data.dtype,
-        fill_value=None,
-        compressors=None,
-        config={"write_empty_chunks": True},
-    )
-    array[...] = data
-    array.attrs.update({"_ARRAY_DIMENSIONS": dims, **attrs})
-
-
-def _consolidate(path: Path) -> None:
-    with warnings.catch_warnings():
-        # Zarr remarks on the private folder, which is no part of the hierarchy on purpose.
-        warnings.filterwarnings("ignore", message="Object at .soundmap")
-        zarr.consolidate_metadata(path, zarr_format=2)
+        return dict(group.attrs), group.metadata.zarr_format
+    except place.storage_errors(ValueError, KeyError) as error:
+        if isinstance(location, Path) or isinstance(error, FileNotFoundError | ValueError):
+            raise InputError(f"{location}: not a Zarr store that soundmap can read") from error
+        place.forget_connections()
+        raise InputError(
+            f"{location}: cannot be read ({place.reason_of(error)}): {place.advice(location)}"
+        ) from error
 
 
 def _statistics_attrs(results: Sequence[Statistics]) -> dict[str, list[Any]]:

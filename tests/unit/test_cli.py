@@ -114,7 +114,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """What `soundmap predict` would have run."""
     heard: list[Request] = []
 
-    def run(request: Request, listener: object) -> Request:
+    def run(request: Request, listener: object, *, going_on: bool = False) -> Request:
         heard.append(request)
         return request
 
@@ -135,7 +135,7 @@ def test_every_option_arrives(command: Command, requests: list[Request]) -> None
         " --model models/own --concepts birdsong,wind --text bells --text frogs"
         " --audio rain=a.wav --value share --scale 3 --month 7 --hour 6 --precision int8"
         " --detail image --crs EPSG:3035 --resolution 250 --gsd 10 --bands 4,3,2 --rescale 0,3000"
-        " --dtype uint8 --out map.zarr --overwrite --workers 3 --scheduler tcp://127.0.0.1:8786"
+        " --dtype uint8 --out map.zarr --shards --overwrite --workers 3 --scheduler tcp://127.0.0.1:8786"
         " --where pop>5 --mask land.gpkg --dry-run --quiet"
     )
     result = command(*words.split())
@@ -163,6 +163,7 @@ def test_every_option_arrives(command: Command, requests: list[Request]) -> None
         rescale=(0.0, 3000.0),
         dtype="uint8",
         precision="int8",
+        shards=True,
         overwrite=True,
         dry_run=True,
         workers=3,

@@ -1,4 +1,4 @@
-"""The contract of stores, kept by the one that comes with soundmap."""
+"""The contract of stores, kept by those that come with soundmap; S3 keeps it in test_s3.py."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ class TestZarrScratch(StoreContract):
         self, folder: Path, schema: MapSchema, units_shape: tuple[int, int]
     ) -> ZarrStore:
         return create(folder / "map.zarr", schema, units_shape, scratch=True)
+
+
+class TestZarrShards(StoreContract):
+    def make_store(
+        self, folder: Path, schema: MapSchema, units_shape: tuple[int, int]
+    ) -> ZarrStore:
+        return create(folder / "map.zarr", schema, units_shape, shards=True)

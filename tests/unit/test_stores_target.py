@@ -43,8 +43,9 @@ def test_other_suffixes_are_refused(tmp_path, name):
 def test_folders_must_be_there_and_writable(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="does not exist"):
         check_target(tmp_path / "missing" / "a.tif")
-    with pytest.raises(OutputError, match="local folders"):
-        check_target("s3://bucket/a.zarr")
+    for other in ("gs://bucket/a.zarr", "https://example.org/a.zarr"):
+        with pytest.raises(OutputError, match="local folders and to s3://"):
+            check_target(other)
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")

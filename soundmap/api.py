@@ -273,7 +273,7 @@ def _compute(
         listener.reported(report)
 
     if cluster:
-        run_on_cluster(cluster, job, left, on_report)
+        run_on_cluster(cluster, job, left, on_report, listener.noted)
     else:
         run_here(job, [plan.units[i] for i in left], parts.encoder, on_report)
     missing = len(_left(store, plan))

@@ -97,7 +97,7 @@ def test_a_cluster_without_workers_is_refused(
     town: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setattr("soundmap.runner._CONNECT_SECONDS", 2)
+    monkeypatch.setattr("soundmap.runner.cluster._CONNECT_SECONDS", 2)
     with (
         distributed.LocalCluster(n_workers=0, processes=True, dashboard_address=None) as cluster,
         pytest.raises(SoundmapError, match="worker"),

@@ -16,7 +16,7 @@ from soundmap.runner.worker import usable_cores
 if TYPE_CHECKING:
     from distributed import Client
 
-_CONNECT_SECONDS = 5
+_CONNECT_SECONDS = 10
 _PATIENCE_SECONDS = 300.0
 # For queues in which workers wait for hours.
 PATIENCE_VARIABLE = "SOUNDMAP_WORKER_PATIENCE_S"
@@ -149,14 +149,17 @@ def _leave(client: Client) -> None:
 @contextlib.contextmanager
 def _quiet_dask() -> Iterator[None]:
     import dask
+    import distributed  # noqa: F401  (sets the levels of its loggers)
 
-    logger = logging.getLogger("distributed")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    names = [n for n in logging.root.manager.loggerDict if n.partition(".")[0] == "distributed"]
+    levels = {name: logging.getLogger(name).level for name in ("distributed", *names)}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with dask.config.set(_SETTINGS), warnings.catch_warnings():
             # A job of 100,000 units is large to Dask; it goes to each worker once.
             warnings.filterwarnings("ignore", message="Sending large graph")
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -125,6 +125,7 @@ class _Run:
     ) -> None:
         self.cluster, self.client, self.job = cluster, cluster.client, job
         self.on_report, self.on_note = on_report, on_note
+        self.payload = worker.packed(job)
         self.name = f"soundmap-{uuid.uuid4().hex[:12]}"
         self.waiting = deque(int(p) for p in positions)
         # Units that were under way when a worker died. Each is computed alone from then on, with
@@ -137,6 +138,7 @@ class _Run:
         self.events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.tasks = 0
         self.alone_since: float | None = None
+        self.had_workers = False
         self.asked: float | None = None
         self.answered = time.monotonic()
 
@@ -218,7 +220,7 @@ class _Run:
         return sum(not s.ready and s.refusal is None for s in self.seats.values())
 
     def _welcome(self, address: str, gpu: bool) -> None:
-        task = self._submit(worker.welcome, address, self.name, self.job, __version__)
+        task = self._submit(worker.welcome, address, self.name, self.payload, __version__)
         self._sit(_Seat(address, gpu, task))
 
     def _sit(self, seat: _Seat) -> None:
@@ -254,13 +256,14 @@ class _Run:
             self._look()
         if any(seat.refusal is None for seat in self.seats.values()):
             self.alone_since = None
+            self.had_workers = True
             return
         for seat in self.seats.values():
             if seat.refusal is not None:
                 raise seat.refusal
         if self.alone_since is None:
             self.alone_since = now
-            if len(self.open) < self.tasks:
+            if self.had_workers:
                 self.on_note(
                     "no worker is left: waiting up to "
                     f"{_duration(self.cluster.patience_s)} for another"

@@ -113,15 +113,23 @@ def _encoder(model: str, threads: int, precision: str) -> Encoder:
     return load_encoder(model, threads=threads, precision=precision)
 
 
-def welcome(run: str, job: Job, version: str) -> None:
+def packed(job: Job) -> bytes:
+    """Pickle a job, which the scheduler then hands on as it is."""
+    from distributed.protocol.pickle import dumps
+
+    data: bytes = dumps(job)
+    return data
+
+
+def welcome(run: str, payload: bytes, version: str) -> None:
     """Take a run's job, for all the units to come. A Dask task, one per worker and run.
 
     Parameters
     ----------
     run
         Name of the run.
-    job
-        What to compute.
+    payload
+        The job, packed.
     version
         Of soundmap, where the run began.
 
@@ -131,6 +139,7 @@ def welcome(run: str, job: Job, version: str) -> None:
         This worker cannot take part; the message says why.
     """
     from distributed import get_worker
+    from distributed.protocol.pickle import loads
 
     worker = get_worker()
     here = f"the worker at {worker.address} cannot take part"
@@ -138,6 +147,7 @@ def welcome(run: str, job: Job, version: str) -> None:
         raise RunFailed(f"{here}: it has soundmap {__version__}, not {version}: install the same")
     _stop_profiler(worker)
     single_blas()
+    job: Job = loads(payload)
     try:
         store = open_store(job.store, "r+")
     except SoundmapError as error:

@@ -17,7 +17,7 @@ import queue
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,7 +59,7 @@ class _Seat:
 
     address: str
     gpu: bool
-    task: distributed.Future
+    task: distributed.Future | None = None
     """What it does: takes the job, then computes units."""
     ready: bool = False
     """Whether it has the job."""
@@ -172,6 +172,9 @@ class _Run:
     def _on_task_end(self, seat: _Seat, task: distributed.Future) -> None:
         self.events.put(partial(self._ended, seat, task))
 
+    def _on_quiet(self, seat: _Seat, answer: Future[Any]) -> None:
+        self.events.put(partial(self._quiet, seat))
+
     def _on_answer(self, answer: Future[dict[str, Any]]) -> None:
         self.events.put(partial(self._answered, answer))
 
@@ -191,9 +194,8 @@ class _Run:
             return
         self.asked = time.monotonic()
         scheduler: Any = self.client.scheduler
-        loop: Any = self.client.loop
-        question = asyncio.run_coroutine_threadsafe(_ask(scheduler), loop.asyncio_loop)
-        question.add_done_callback(self._on_answer)
+        # With a number of -1 all workers are told, not the first few.
+        self._ask(scheduler.identity, n_workers=-1).add_done_callback(self._on_answer)
 
     def _answered(self, answer: Future[dict[str, Any]]) -> None:
         self.asked = None
@@ -220,28 +222,46 @@ class _Run:
         return sum(not s.ready and s.refusal is None for s in self.seats.values())
 
     def _welcome(self, address: str, gpu: bool) -> None:
-        task = self._submit(worker.welcome, address, self.name, self.payload, __version__)
-        self._sit(_Seat(address, gpu, task))
+        self.seats[address] = seat = _Seat(address, gpu)
+        # Before its first task, as the profiler is at work only while there is one.
+        quiet = self._ask(
+            self.client.run,
+            worker.stop_profiler,
+            workers=[address],
+            on_error="ignore",
+            asynchronous=True,
+        )
+        quiet.add_done_callback(partial(self._on_quiet, seat))
 
-    def _sit(self, seat: _Seat) -> None:
-        self.seats[seat.address] = seat
-        seat.task.add_done_callback(partial(self._on_task_end, seat))
+    def _quiet(self, seat: _Seat) -> None:
+        if self.seats.get(seat.address) is seat:
+            self._submit(seat, worker.welcome, self.name, self.payload, __version__)
 
-    def _submit(
-        self, function: Callable[..., None], address: str, *args: object, gpu: bool = False
-    ) -> distributed.Future:
+    def _submit(self, seat: _Seat, function: Callable[..., None], *args: object) -> None:
         self.tasks += 1
         # A key of its own for every try: a unit may be asked for again, and Dask would count the
         # workers that were lost with a key, and blame whatever was on them.
-        return self.client.submit(
+        seat.task = self.client.submit(
             function,
             *args,
             key=(self.name, self.tasks),
-            workers=[address],
+            workers=[seat.address],
             allow_other_workers=False,
-            resources={"GPU": 1} if gpu else None,
+            resources={"GPU": 1} if seat.gpu and seat.ready else None,
             pure=False,
         )
+        seat.task.add_done_callback(partial(self._on_task_end, seat))
+
+    def _ask(
+        self, question: Callable[..., Awaitable[Any]], *args: Any, **options: Any
+    ) -> Future[Any]:
+        """Ask in Dask's event loop, without waiting for the answer."""
+
+        async def ask() -> Any:
+            return await question(*args, **options)
+
+        loop: Any = self.client.loop
+        return asyncio.run_coroutine_threadsafe(ask(), loop.asyncio_loop)
 
     def _check_cluster(self) -> None:
         now = time.monotonic()
@@ -289,16 +309,7 @@ class _Run:
             others = len(idle) - number - 1
             if position not in self.kills and len(self.waiting) > others:
                 seat.ahead = self.waiting.popleft()
-            seat.task = self._submit(
-                worker.compute,
-                seat.address,
-                self.name,
-                position,
-                seat.ahead,
-                self.name,
-                gpu=seat.gpu,
-            )
-            self._sit(seat)
+            self._submit(seat, worker.compute, self.name, position, seat.ahead, self.name)
 
     def _next_for(self, seat: _Seat) -> int | None:
         """What was read ahead there; else what waits; else what was read ahead elsewhere."""
@@ -380,8 +391,7 @@ class _Run:
         seat = self.seats.pop(address, None)
         if seat is None:
             return
-        with contextlib.suppress(Exception):
-            seat.task.cancel()
+        self._cancel(seat)
         for position in (seat.ahead, seat.unit):
             if position is None or position not in self.open:
                 continue
@@ -398,13 +408,18 @@ class _Run:
                 )
                 self._settle(position, Status.FAILED, 0.0, reason)
 
+    def _cancel(self, seat: _Seat) -> None:
+        with contextlib.suppress(Exception):
+            if seat.task is not None:
+                seat.task.cancel()
+
     def _say_goodbye(self) -> None:
         """Leave nothing of the run on the cluster, and nobody writing."""
         with contextlib.suppress(Exception):
             if self.client.status != "running":
                 return
             for seat in self.seats.values():
-                seat.task.cancel()
+                self._cancel(seat)
             self.client.unsubscribe_topic(self.name)
             self.client.unsubscribe_topic("all")
             self.client.run(
@@ -414,12 +429,6 @@ class _Run:
                 on_error="ignore",
                 callback_timeout=_GOODBYE_SECONDS,
             )
-
-
-async def _ask(scheduler: Any) -> dict[str, Any]:
-    # With a number of -1 all workers are told, not the first few.
-    answer: dict[str, Any] = await scheduler.identity(n_workers=-1)
-    return answer
 
 
 def _duration(seconds: float) -> str:

@@ -145,7 +145,6 @@ def welcome(run: str, payload: bytes, version: str) -> None:
     here = f"the worker at {worker.address} cannot take part"
     if version != __version__:
         raise RunFailed(f"{here}: it has soundmap {__version__}, not {version}: install the same")
-    _stop_profiler(worker)
     single_blas()
     job: Job = loads(payload)
     try:
@@ -172,13 +171,16 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _stop_profiler(worker: Worker) -> None:
-    # It walks the stacks of all threads a hundred times a second, which can lock up Python 3.11
-    # and 3.12 for good (github.com/python/cpython/issues/106883).
+def stop_profiler(dask_worker: Worker) -> None:
+    """Have a worker no longer look at what its threads do; called in its event loop.
+
+    It walks the stacks of all threads a hundred times a second while a task runs, which can lock
+    up Python 3.11 for good (github.com/python/cpython/issues/106883).
+    """
     for name in ("profile", "profile-cycle"):
-        callback = worker.periodic_callbacks.get(name)
+        callback = dask_worker.periodic_callbacks.get(name)
         if callback is not None:
-            worker.loop.add_callback(callback.stop)
+            callback.stop()
 
 
 def compute(run: str, position: int, following: int | None, topic: str) -> None:

@@ -351,7 +351,7 @@ def _compute(
         listener.reported(report)
 
     if cluster:
-        run_on_cluster(cluster, job, left.tolist(), on_report)
+        run_on_cluster(cluster, job, left.tolist(), on_report, listener.noted)
     else:
         run_here(job, plan.units.at(left), parts.encoder, on_report)
     missing = len(_left(store, plan))

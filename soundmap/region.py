@@ -416,7 +416,7 @@ def _place_on_globe(
         )
         parts.append(shapely.difference(shell, shapely.union_all(holes)))
     valid = _polygons_only(shapely.make_valid(np.asarray(parts, dtype=object)))
-    return _union([split_antimeridian(part) for part in valid])
+    return _union(np.array([split_antimeridian(part) for part in valid], dtype=object))
 
 
 def _close_over_pole(lonlat: Floats, step: Floats, *, hole: bool) -> BaseGeometry:

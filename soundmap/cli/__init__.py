@@ -5,8 +5,13 @@ Modules of verbs import the rest of soundmap inside their functions, so that hel
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 
 import click
 
@@ -43,19 +48,41 @@ def group() -> None:
     """
 
 
+class _Terminated(BaseException):
+    """The program was told to end, by SIGTERM."""
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Make of SIGTERM, with which batch systems end a job, what Ctrl-C is already: an exception."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main() -> None:
     """Run the command line; a mistake ends in one line and a non-zero exit."""
     try:
-        group.main(standalone_mode=False)
+        with _ending_in_order():
+            group.main(standalone_mode=False)
     except SoundmapError as error:
         click.echo(f"Error: {_one_line(error)}", err=True)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except click.ClickException as error:
         click.echo(f"Error: {error.format_message()}", err=True)
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt, _Terminated) as stop:
         click.echo("Stopped. What is done is kept: the same command goes on from there.", err=True)
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, _Terminated) else 130)
     except click.exceptions.Exit as exit_:
         sys.exit(exit_.exit_code)
     except BrokenPipeError:

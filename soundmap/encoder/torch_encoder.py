@@ -248,7 +248,9 @@ class TorchEncoder:
             stop = min(start + count, len(pixels))
             return self._pass(pixels[start:stop], told, details, metadata.part(start, stop))
 
-        if self.threads > 1 and len(starts) > 1 and self.device.type == "cpu":
+        if self.device.type == "cpu":
+            # Even a single pass: elsewhere the network would take as many threads as torch likes,
+            # more than were asked for, and its sums might depend on their number.
             results = list(self._pool.map(run, starts))
         else:
             results = [run(start) for start in starts]

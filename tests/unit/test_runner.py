@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from affine import Affine
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
-import soundmap.runner as runner
 from soundmap.concepts import bank_of
 from soundmap.encoder.bank_files import Concept
-from soundmap.errors import OutputError, UsageError
+from soundmap.errors import ModelError, OutputError, RunFailed, UsageError
 from soundmap.layout import choose_layout
 from soundmap.pipeline import Job
 from soundmap.plan import make_plan
-from soundmap.runner import UnitReport, check_workers, run_here
-from soundmap.sources.base import Image
+from soundmap.runner import UnitReport, check_workers, run_here, worker
+from soundmap.runner.cluster import PATIENCE_VARIABLE, connect
+from soundmap.runner.unit import Gate, Stopped, one_line
+from soundmap.sources.base import Image, Resampling
 from soundmap.sources.fake import FakeSource
 from soundmap.stores.schema import MapSchema
 from soundmap.stores.zarr_store import Status, ZarrStore, create
@@ -199,7 +201,7 @@ def test_write_errors_end_the_run(
     """What is stored by then is reported, once, and nothing that is not."""
     run = prepare()
     disk = FullDisk(room)
-    monkeypatch.setattr(runner, "open_store", lambda path, mode: disk)
+    monkeypatch.setattr("soundmap.runner.here.open_store", lambda path, mode: disk)
     reports: list[UnitReport] = []
     with pytest.raises(OutputError, match="no space left"):
         run_here(run.job, run.job.plan.units, run.encoder, reports.append)
@@ -222,26 +224,26 @@ def test_errors_of_the_listener_end_the_run(prepare: Prepare, number: int) -> No
     assert len(set(seen)) == len(seen), "a unit was reported twice"
 
 
-def test_other_errors_of_a_source_end_the_run(prepare: Prepare) -> None:
-    """A fault in code is not an outage: it is not hidden in a report."""
-    faulty = prepare()
+class Faulty(FakeSource):
+    """Has a fault in its code, which shows in one read."""
 
-    class Faulty(FakeSource):
-        def read(self, grid: GeoBox) -> Image:
-            if self.reads == 4:
-                raise ZeroDivisionError("a fault")
-            return super().read(grid)
-
-    pixels = np.zeros((3, *SHAPE), np.uint8)
-    run = replace(faulty, job=replace(faulty.job, source=Faulty(pixels, GRID)))
-    reports: list[UnitReport] = []
-    with pytest.raises(ZeroDivisionError, match="a fault"):
-        run.here(reports.append)
-    # All units before it were read, stored and reported.
-    assert sorted(r.index for r in reports) == [(0, c) for c in range(4)]
+    def read(self, grid: GeoBox, resampling: Resampling = "area") -> Image:
+        if self.reads == 4:
+            self.grids.append(grid)
+            raise ZeroDivisionError("a fault\n  in two lines")
+        return super().read(grid, resampling)
 
 
-def test_encoder_errors_end_the_run_after_what_is_stored(prepare: Prepare) -> None:
+def test_other_errors_fail_their_unit_and_are_named(prepare: Prepare) -> None:
+    """A fault that one unit meets is no reason to lose the others."""
+    run = prepare(source=Faulty(np.zeros((3, *SHAPE), np.uint8), GRID))
+    reports = run.here()
+    failed = [r for r in reports if r.status == Status.FAILED]
+    assert [r.error for r in failed] == ["ZeroDivisionError: a fault in two lines"]
+    assert len({r.index for r in reports}) == len(reports) == 12
+
+
+def test_encoder_errors_fail_their_units(prepare: Prepare) -> None:
     run = prepare()
 
     class Tired(FakeEncoder):
@@ -251,14 +253,71 @@ def test_encoder_errors_end_the_run_after_what_is_stored(prepare: Prepare) -> No
             return super().encode_images(*args, **kwargs)
 
     reports: list[UnitReport] = []
-    tired = Tired(context_px=11)
-    with pytest.raises(MemoryError):
-        run_here(run.job, run.job.plan.units, tired, reports.append)
+    run_here(run.job, run.job.plan.units, Tired(context_px=11), reports.append)
+    failed = [r for r in reports if r.status == Status.FAILED]
+    assert {r.error for r in failed} == {"MemoryError: no more is known"}
+    done = [r for r in reports if r.status == Status.DONE]
     # Two units are under way at once, so the third window and the fourth may be encoded together.
-    assert {(0, 0), (0, 1)} <= {r.index for r in reports}
-    assert 3 <= len(reports) <= 4
+    assert 3 <= len(done) <= 4
+    assert len(reports) == 12
     stored = np.isfinite(run.store.read()).all(axis=0)
-    assert stored.sum() == sum(r.cells for r in reports)
+    assert stored.sum() == sum(r.cells for r in done)
+
+
+def test_a_wrong_model_ends_the_run(prepare: Prepare) -> None:
+    run = prepare()
+
+    class Damaged(FakeEncoder):
+        def encode_images(self, *args: Any, **kwargs: Any) -> Any:
+            raise ModelError("its weights are damaged")
+
+    reports: list[UnitReport] = []
+    with pytest.raises(ModelError, match="damaged"):
+        run_here(run.job, run.job.plan.units, Damaged(context_px=11), reports.append)
+    assert len(reports) <= 1
+
+
+def test_long_reasons_are_cut() -> None:
+    assert one_line(ValueError("a\n  b\t c")) == "a b c"
+    assert len(one_line(ValueError("x" * 10_000))) == 300
+
+
+def test_nothing_begins_to_write_once_the_gate_is_shut() -> None:
+    gate = Gate()
+    with gate:
+        assert gate.writing
+        gate.stop()
+        # What had begun is known to be writing still.
+        assert gate.writing
+    assert not gate.writing
+    with pytest.raises(Stopped), gate:
+        raise AssertionError("was let in")
+    assert not gate.writing
+
+
+def test_an_interrupted_run_writes_no_more(prepare: Prepare) -> None:
+    run = prepare()
+    goes_on = threading.Event()
+
+    class Slow(FakeEncoder):
+        def encode_images(self, *args: Any, **kwargs: Any) -> Any:
+            if self.windows >= 1:
+                goes_on.wait(20)
+            return super().encode_images(*args, **kwargs)
+
+    seen: list[UnitReport] = []
+
+    def on_report(report: UnitReport) -> None:
+        seen.append(report)
+        # The other unit ends once this one's interruption has been dealt with.
+        threading.Timer(0.3, goes_on.set).start()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_here(run.job, run.job.plan.units, Slow(context_px=11), on_report)
+    assert goes_on.is_set(), "units go on after the run has ended"
+    stored = np.isfinite(run.store.read()).all(axis=0)
+    assert stored.sum() == sum(r.cells for r in seen)
 
 
 def test_reading_does_not_run_ahead(prepare: Prepare) -> None:
@@ -276,14 +335,33 @@ def test_reading_does_not_run_ahead(prepare: Prepare) -> None:
     assert max(ahead) <= 4
 
 
-def test_a_worker_does_the_same(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def session(
+    prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[Run, worker.Session]]]:
+    sessions = []
+
+    def make(**options: Any) -> tuple[Run, worker.Session]:
+        run = prepare(**options)
+        worker._encoder.cache_clear()
+        monkeypatch.setattr(worker, "load_encoder", lambda *args, **kwargs: run.encoder)
+        sessions.append(worker.Session(run.job, run.store, 1))
+        return run, sessions[-1]
+
+    yield make
+    worker._encoder.cache_clear()
+    for one in sessions:
+        one.close()
+
+
+MakeSession = Callable[..., tuple[Run, worker.Session]]
+
+
+def test_a_worker_does_the_same(prepare: Prepare, session: MakeSession) -> None:
     here = prepare(name="here")
     expected = here.here()
-    run = prepare(fail_on={3})
-    runner._encoder.cache_clear()
-    monkeypatch.setattr(runner, "load_encoder", lambda model, threads, precision: run.encoder)
-    reports = [runner._run_on_worker(run.job, i, 1) for i in range(12)]
-    runner._encoder.cache_clear()
+    run, there = session(fail_on={3})
+    reports = [there.compute(i, i + 1 if i < 11 else None) for i in range(12)]
     assert reports[2].status == Status.FAILED
     assert "was told to fail" in reports[2].error
     kept = [(r.index, r.status, r.cells) for r in expected if r.index != (0, 2)]
@@ -291,6 +369,56 @@ def test_a_worker_does_the_same(prepare: Prepare, monkeypatch: pytest.MonkeyPatc
     values = here.store.read()
     values[:, :8, 16:24] = np.nan
     np.testing.assert_array_equal(run.store.read(), values)
+    # What was read ahead was not read again.
+    assert run.source.reads == 12
+
+
+def test_a_worker_given_another_unit_than_it_read_ahead(session: MakeSession) -> None:
+    run, there = session()
+    there.compute(0, 1)
+    report = there.compute(7, None)
+    assert report.index == (1, 3)
+    assert report.status == Status.DONE
+    assert run.source.reads == 3
+    assert np.isfinite(run.store.read(slice(8, 16), slice(24, 29))).all()
+
+
+def test_a_worker_writes_into_no_other_run(session: MakeSession) -> None:
+    run, there = session()
+    there.compute(0, None)
+    shutil.rmtree(run.store.path)
+    with pytest.raises(RunFailed, match="removed meanwhile"):
+        there.compute(1, None)
+    assert not run.store.path.exists()
+    schema = replace(run.store.schema, created="2026-01-02T03:04:06+00:00")
+    anew = create(run.store.path, schema, UNITS)
+    with pytest.raises(RunFailed, match="begun anew"):
+        there.compute(1, None)
+    assert np.isnan(anew.read()).all()
+
+
+def test_another_model_on_a_worker_is_refused(
+    session: MakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, there = session()
+    other = FakeEncoder(8, context_px=11)
+    monkeypatch.setattr(worker, "load_encoder", lambda *args, **kwargs: other)
+    with pytest.raises(ModelError, match="another model"):
+        there.compute(0, None)
+
+
+def test_a_stopped_session_computes_nothing(session: MakeSession) -> None:
+    run, there = session()
+    there.close()
+    with pytest.raises(Stopped):
+        there.compute(0, None)
+    assert run.source.reads == 0
+
+
+def test_threads_of_a_worker() -> None:
+    cores = worker.usable_cores()
+    assert worker.threads_of(1) == 1
+    assert worker.threads_of(cores) == worker.threads_of(10 * cores) == cores
 
 
 class TestCheckWorkers:
@@ -314,3 +442,10 @@ class TestCheckWorkers:
     def test_both(self) -> None:
         with pytest.raises(UsageError, match="give one of them"):
             check_workers(2, "tcp://127.0.0.1:8786")
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan"])
+def test_an_impossible_patience_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(PATIENCE_VARIABLE, text)
+    with pytest.raises(UsageError, match=PATIENCE_VARIABLE), connect(1, None):
+        pass

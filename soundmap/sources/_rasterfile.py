@@ -21,7 +21,7 @@ from rasterio.windows import Window
 from soundmap.errors import InputError, SourceError, UsageError
 from soundmap.grid import ground_gsd_m
 from soundmap.sources._checks import check_readable
-from soundmap.sources._gdal import may_pass, open_dataset, reason, settings
+from soundmap.sources._gdal import may_pass, open_dataset, reason, settings, vrt_lock
 from soundmap.sources._references import References, check_file, find_references
 from soundmap.sources._rescale import Rescale
 from soundmap.sources._retry import PassingError
@@ -56,6 +56,8 @@ class RasterFile:
     block_px: tuple[int, int]
     attribution: str
     licence: str
+    vrt: bool
+    """Whether it is a VRT, to be handled under `vrt_lock`."""
     remote: bool
     """Whether its pixels come over a network."""
 
@@ -103,21 +105,21 @@ class RasterFile:
         args: dict[str, Any] = {"window": window}
         if shape is not None:
             args["out_shape"] = shape
+        masks = {"mask": [1], "band masks": list(self.bands)}.get(self.mask)
         try:
             stored = _read_bands(dataset, bands, args)
-            if self.mask == "mask":
-                valid = dataset.read_masks(1, **args) > 0
-            elif self.mask == "band masks":
-                valid = (dataset.read_masks(list(self.bands), **args) > 0).any(axis=0)
-            elif self.mask == "alpha":
-                # As in GDAL's mask, any opacity counts: 16-bit alpha of 0 and 1 exists.
-                stored, valid = stored[:-1], stored[-1] > 0
-            elif self.mask == "nodata":
-                valid = _differs(stored, self.nodata)
-            else:
-                valid = np.ones(stored.shape[1:], np.bool_)
+            given = None if masks is None else dataset.read_masks(masks, **args)
         except RasterioError as error:
             raise self.failure("read", error) from error
+        if given is not None:
+            valid = (given > 0).any(axis=0)
+        elif self.mask == "alpha":
+            # As in GDAL's mask, any opacity counts: 16-bit alpha of 0 and 1 exists.
+            stored, valid = stored[:-1], stored[-1] > 0
+        elif self.mask == "nodata":
+            valid = _differs(stored, self.nodata)
+        else:
+            valid = np.ones(stored.shape[1:], np.bool_)
         if stored.dtype.kind == "f":
             finite = np.isfinite(stored).all(axis=0)
             if not finite.all():
@@ -142,7 +144,7 @@ class RasterFile:
             It could not be opened.
         """
         try:
-            with settings(), open_dataset(self.path) as dataset:
+            with vrt_lock(self.vrt), settings(), open_dataset(self.path) as dataset:
                 files = sorted(Path(f) for f in dataset.files)
         except RasterioError as error:
             raise self.failure("opened again", error) from error
@@ -186,7 +188,7 @@ def inspect(path: Path, bands: tuple[int, ...] | None, within: Path | None = Non
         raise InputError(f"{path}: the file is empty (0 bytes); copy or download it again")
     parts = find_references(path, within)
     try:
-        with settings(), open_dataset(path) as dataset:
+        with vrt_lock(parts.vrt), settings(), open_dataset(path) as dataset:
             return _describe(path, dataset, bands, parts)
     except RasterioError as error:
         if parts.remote and may_pass(error, path, remote=True):
@@ -230,6 +232,7 @@ def _describe(
         block_px=dataset.block_shapes[bands[0] - 1],
         attribution=tags.get("attribution") or tags.get("tifftag_copyright", ""),
         licence=tags.get("licence") or tags.get("license", ""),
+        vrt=parts.vrt,
         remote=parts.remote,
     )
 

@@ -47,6 +47,8 @@ class References:
 
     files: tuple[Path, ...] = ()
     """Local rasters, those of VRTs within a VRT, too; in the order of their names."""
+    vrt: bool = False
+    """Whether it is a VRT."""
     remote: bool = False
     """Whether some of it comes over a network."""
 
@@ -89,7 +91,7 @@ def find_references(path: Path, within: Path | None = None) -> References:
     """
     found = _Found(path, within)
     found.look_into(path, 0)
-    return References(tuple(sorted(found.files)), found.remote)
+    return References(tuple(sorted(found.files)), found.vrt, found.remote)
 
 
 @dataclass
@@ -97,6 +99,7 @@ class _Found:
     asked: Path
     within: Path | None
     files: set[Path] = field(default_factory=set)
+    vrt: bool = False
     remote: bool = False
 
     def look_into(self, path: Path, depth: int) -> None:
@@ -109,6 +112,7 @@ class _Found:
         # As GDAL tells a VRT.
         if b"<VRTDataset" not in head:
             return
+        self.vrt = True
         if depth > _DEEPEST:
             raise InputError(f"{self.asked}: holds VRTs within VRTs, more than {_DEEPEST} deep")
         new = self._local(path)

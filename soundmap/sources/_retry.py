@@ -9,7 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential_jitter
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    wait_exponential,
+    wait_random,
+)
 
 from soundmap.errors import SourceError, UsageError
 
@@ -85,8 +91,8 @@ def read_patiently(read: Callable[[], T], patience: Patience) -> T:
         waited = state.seconds_since_start or 0.0
         return state.attempt_number >= tries or waited >= patience.longest_s
 
-    growing = wait_exponential_jitter(
-        patience.first_wait_s, max=_LONGEST_WAIT_S, jitter=patience.first_wait_s
+    growing = wait_exponential(patience.first_wait_s, max=_LONGEST_WAIT_S) + wait_random(
+        0, patience.first_wait_s
     )
 
     def wait(state: RetryCallState) -> float:

@@ -29,7 +29,15 @@ from soundmap.layout import Layout, choose_layout
 from soundmap.pipeline import Job
 from soundmap.plan import Plan, make_plan
 from soundmap.region import Region, region_from_bbox, region_from_file, region_of_globe
-from soundmap.request import DETAILS, DTYPES, Listener, Request, record, recorded
+from soundmap.request import (
+    DETAILS,
+    DTYPES,
+    Listener,
+    Request,
+    list_failures,
+    record,
+    recorded,
+)
 from soundmap.runner import Cluster, UnitReport, connect, run_here, run_on_cluster
 from soundmap.scoring import FORMULAS, ConceptBank, choose_value
 from soundmap.sources import open_source
@@ -357,10 +365,10 @@ def _compute(
     missing = len(_left(store, plan))
     done = bool((store.status() == Status.DONE).any())
     if missing:
-        reason = failures[0].error if failures else "they were never reported"
+        reasons = list_failures(failures) or "they were never reported"
         kept = "; what is done is kept: the same command tries the rest again" if done else ""
         raise RunFailed(
-            f"{missing} of {len(plan.units)} units could not be computed: {reason}{kept}"
+            f"{missing} of {len(plan.units)} units could not be computed: {reasons}{kept}"
         )
     if not done:
         raise InputError(

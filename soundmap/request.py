@@ -23,6 +23,9 @@ _NOT_RECORDED = ("out", "dry_run", "workers", "scheduler")
 _FILES = ("imagery", "region", "mask", "concepts", "audio")
 # Words that they may hold instead, whatever files have the same name.
 _WORDS = ("sample", "globe")
+# Units and reasons that are named at the end of a run; all are told when they happen.
+_NAMED_UNITS = 20
+_NAMED_REASONS = 3
 
 DETAILS = ("patch", "image")
 DTYPES = ("float32", "uint8")
@@ -165,3 +168,35 @@ def _from_any_folder(value: Any) -> Any:
     if equals and Path(file).exists():
         return f"{name}={Path(file).absolute()}"
     return value
+
+
+def list_failures(failures: Sequence[UnitReport]) -> str:
+    """Name the units that failed, by their row and column, with the reasons, on one line.
+
+    Parameters
+    ----------
+    failures
+        Reports of units that failed, in any order.
+
+    Returns
+    -------
+    str
+        Of many units, or reasons, the first and how many more; empty if nothing failed.
+
+    Examples
+    --------
+    >>> reports = [UnitReport((0, c), Status.FAILED, 64, 1.0, "a.tif: gone") for c in (2, 1)]
+    >>> list_failures(reports)
+    'units (0, 1), (0, 2): a.tif: gone'
+    """
+    by_reason: dict[str, list[tuple[int, int]]] = {}
+    for report in sorted(failures, key=lambda report: report.index):
+        by_reason.setdefault(report.error, []).append(report.index)
+    said = []
+    for reason, units in list(by_reason.items())[:_NAMED_REASONS]:
+        named = ", ".join(map(str, units[:_NAMED_UNITS]))
+        more = f" and {len(units) - _NAMED_UNITS:,} more" if len(units) > _NAMED_UNITS else ""
+        said.append(f"{'unit' if len(units) == 1 else 'units'} {named}{more}: {reason}")
+    if len(by_reason) > _NAMED_REASONS:
+        said.append(f"{len(by_reason) - _NAMED_REASONS:,} more reasons")
+    return "; ".join(said)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -92,3 +98,155 @@ def converted(published: Callable[..., Path], _large: Path) -> Callable[..., Pat
         return folder
 
     return make
+
+
+# --------------------------------------------------------------------------- a server with faults
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that came in."""
+
+    name: str
+    span: str
+    """The Range header; empty where all was asked for."""
+    nth: int
+    """How often just this was asked, this time included."""
+    fault: int | str | None = None
+    """What it met."""
+
+
+Fault = Callable[[Asked], int | str | None]
+"""Decides what a request meets: a status such as 500, "hang", "cut", or None: all is well."""
+
+
+class FileServer:
+    """Serves bytes on loopback, a range at a time, and misbehaves when told to."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.fault: Fault = lambda asked: None
+        self.asked: list[Asked] = []
+        self._seen: Counter[tuple[str, str, str]] = Counter()
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        with self._lock:
+            self.asked.clear()
+            self._seen.clear()
+
+    def close(self) -> None:
+        self._stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _note(self, method: str, name: str, span: str) -> Asked:
+        with self._lock:
+            self._seen[method, name, span] += 1
+            asked = Asked(name, span, self._seen[method, name, span])
+        asked = dataclasses.replace(asked, fault=self.fault(asked))
+        with self._lock:
+            self.asked.append(asked)
+        return asked
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.answer(with_body=False)
+
+            def do_GET(self) -> None:
+                self.answer(with_body=True)
+
+            def answer(self, with_body: bool) -> None:
+                span = self.headers.get("Range", "")
+                asked = server._note(self.command, self.path.lstrip("/"), span)
+                data = server.files.get(asked.name)
+                if asked.fault == "hang":
+                    server._stopping.wait(20)
+                    self.close_connection = True
+                elif isinstance(asked.fault, int):
+                    self.head(asked.fault, 0)
+                elif data is None:
+                    self.head(404, 0)
+                else:
+                    self.send(data, span, with_body, asked.fault == "cut")
+
+            def send(self, data: bytes, span: str, with_body: bool, cut: bool) -> None:
+                first, _, last = span.removeprefix("bytes=").partition("-")
+                start, stop = int(first or 0), min(int(last or len(data)) + 1, len(data))
+                if start >= len(data):
+                    self.head(416, 0)
+                    return
+                place = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"} if span else {}
+                self.head(206 if span else 200, stop - start, place)
+                if with_body:
+                    self.wfile.write(data[start : start + (stop - start) // 2 if cut else stop])
+                self.close_connection = cut
+
+            def head(self, status: int, length: int, more: dict[str, str] | None = None) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(length))
+                self.send_header("Accept-Ranges", "bytes")
+                for key, value in (more or {}).items():
+                    self.send_header(key, value)
+                self.end_headers()
+
+            def handle(self) -> None:
+                # Who reads may hang up first, having waited long enough.
+                with contextlib.suppress(ConnectionError):
+                    super().handle()
+
+        return Handler
+
+
+@pytest.fixture
+def file_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A server of files on loopback that misbehaves when told to, and haste in reading from it."""
+    # All of these a user may set as well.
+    monkeypatch.setenv("GDAL_HTTP_TIMEOUT", "0.3")
+    monkeypatch.setenv("GDAL_HTTP_RETRY_DELAY", "0.01")
+    monkeypatch.setenv("SOUNDMAP_READ_WAIT_S", "0.01")
+    server = FileServer()
+    yield server
+    server.close()
+
+
+def vrt_of(
+    sources: Sequence[tuple[str, tuple[int, int], tuple[int, int]]], shape: tuple[int, int]
+) -> str:
+    """Return a VRT in three bands of 10 m, UTM zone 33: of (name, first row and column, shape)."""
+    bands = ""
+    for band in (1, 2, 3):
+        parts = "".join(
+            f'<SimpleSource><SourceFilename relativeToVRT="0">{name}</SourceFilename>'
+            f"<SourceBand>{band}</SourceBand>"
+            f'<SourceProperties RasterXSize="{w}" RasterYSize="{h}" DataType="Byte" '
+            'BlockXSize="64" BlockYSize="64"/>'
+            f'<SrcRect xOff="0" yOff="0" xSize="{w}" ySize="{h}"/>'
+            f'<DstRect xOff="{col}" yOff="{row}" xSize="{w}" ySize="{h}"/></SimpleSource>'
+            for name, (row, col), (h, w) in sources
+        )
+        bands += f'<VRTRasterBand dataType="Byte" band="{band}">{parts}</VRTRasterBand>'
+    return (
+        f'<VRTDataset rasterXSize="{shape[1]}" rasterYSize="{shape[0]}"><SRS>EPSG:32633</SRS>'
+        f"<GeoTransform>500000,10,0,5500000,0,-10</GeoTransform>{bands}</VRTDataset>"
+    )
+
+
+@pytest.fixture(scope="session")
+def write_vrt() -> Callable[..., str]:
+    """Make the text of a VRT: see `vrt_of`."""
+    return vrt_of

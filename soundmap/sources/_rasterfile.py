@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
-import warnings
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +15,19 @@ from numpy.typing import NDArray
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from soundmap.errors import InputError, SourceError, UsageError
+from soundmap.grid import ground_gsd_m
+from soundmap.sources._checks import check_readable
+from soundmap.sources._gdal import may_pass, open_dataset, reason, settings, vrt_lock
+from soundmap.sources._references import References, check_file, find_references
 from soundmap.sources._rescale import Rescale
-
-# GDAL's cache is one for the whole process and would grow to 5 % of the memory. Kept small, so that
-# memory does not grow with the raster; the price is that a wide raster stored in strips (2,100 rows
-# x 10,000 px x RGB = 63 MB) is decoded again for every unit along a row.
-GDAL_OPTIONS: dict[str, Any] = {"GDAL_CACHEMAX": 40 * 1024 * 1024}
-
-_OPENING = threading.Lock()
+from soundmap.sources._retry import PassingError
 
 _HASHED_PIECES, _PIECE_BYTES = 16, 16 * 1024
-_CHECKED_BLOCKS = 512
+_LEAST_GSD_M = 1e-3
 
 # Zero-padded, as Sentinel-2 names its bands: "B4" is red to Landsat 8 but infrared to Landsat 7.
 _NAMES = (("red", "b04"), ("green", "b03"), ("blue", "b02"))
@@ -60,6 +56,10 @@ class RasterFile:
     block_px: tuple[int, int]
     attribution: str
     licence: str
+    vrt: bool
+    """Whether it is a VRT, to be handled under `vrt_lock`."""
+    remote: bool
+    """Whether its pixels come over a network."""
 
     @property
     def scaled(self) -> bool:
@@ -105,34 +105,49 @@ class RasterFile:
         args: dict[str, Any] = {"window": window}
         if shape is not None:
             args["out_shape"] = shape
+        masks = {"mask": [1], "band masks": list(self.bands)}.get(self.mask)
         try:
             stored = _read_bands(dataset, bands, args)
-            if self.mask == "mask":
-                valid = dataset.read_masks(1, **args) > 0
-            elif self.mask == "band masks":
-                valid = (dataset.read_masks(list(self.bands), **args) > 0).any(axis=0)
-            elif self.mask == "alpha":
-                # As in GDAL's mask, any opacity counts: 16-bit alpha of 0 and 1 exists.
-                stored, valid = stored[:-1], stored[-1] > 0
-            elif self.mask == "nodata":
-                valid = _differs(stored, self.nodata)
-            else:
-                valid = np.ones(stored.shape[1:], np.bool_)
+            given = None if masks is None else dataset.read_masks(masks, **args)
         except RasterioError as error:
-            raise SourceError(
-                f"{self.path}: could not be read ({reason(error)}); "
-                "if it is cut short or damaged, copy or download it again"
-            ) from error
+            raise self.failure("read", error) from error
+        if given is not None:
+            valid = (given > 0).any(axis=0)
+        elif self.mask == "alpha":
+            # As in GDAL's mask, any opacity counts: 16-bit alpha of 0 and 1 exists.
+            stored, valid = stored[:-1], stored[-1] > 0
+        elif self.mask == "nodata":
+            valid = _differs(stored, self.nodata)
+        else:
+            valid = np.ones(stored.shape[1:], np.bool_)
         if stored.dtype.kind == "f":
             finite = np.isfinite(stored).all(axis=0)
             if not finite.all():
                 valid &= finite
         return stored, valid
 
+    def failure(self, what: str, error: RasterioError) -> SourceError:
+        """Put a failure of GDAL into words, and tell whether it may pass by what it is."""
+        text = f"{self.path}: could not be {what} ({reason(error)})"
+        if may_pass(error, self.path, self.remote):
+            return PassingError(text)
+        if what == "read" and not self.remote:
+            text += "; if it is cut short or damaged, copy or download it again"
+        return SourceError(text)
+
     def digest(self) -> str:
-        """Digest of the sizes of the raster's files and of pieces spread over them."""
-        with rasterio.Env(**GDAL_OPTIONS), open_dataset(self.path) as dataset:
-            files = sorted(Path(f) for f in dataset.files)
+        """Digest of the sizes of the raster's local files and of pieces spread over them.
+
+        Raises
+        ------
+        SourceError
+            It could not be opened.
+        """
+        try:
+            with vrt_lock(self.vrt), settings(), open_dataset(self.path) as dataset:
+                files = sorted(Path(f) for f in dataset.files)
+        except RasterioError as error:
+            raise self.failure("opened again", error) from error
         summary = hashlib.sha256()
         for file in files:
             if not file.is_file():
@@ -146,45 +161,46 @@ class RasterFile:
         return summary.hexdigest()[:16]
 
 
-def inspect(path: Path, bands: tuple[int, ...] | None) -> RasterFile:
+def inspect(path: Path, bands: tuple[int, ...] | None, within: Path | None = None) -> RasterFile:
     """Read a raster's header.
+
+    Parameters
+    ----------
+    path
+        The file.
+    bands
+        Those asked for, counted from 1.
+    within
+        The folder that it must not refer out of; None: it may refer anywhere.
 
     Raises
     ------
     InputError
-        It is missing, not a raster, has no place on the ground, or holds no usable numbers.
+        It is missing, not a raster, has no place on the ground, holds no usable numbers, cannot be
+        read in bounded memory, or refers to what must not be read.
     UsageError
         It does not have the bands asked for.
+    SourceError
+        It, or what it refers to, does not answer for the moment.
     """
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
+    check_file(path)
     if path.is_file() and path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty (0 bytes); copy or download it again")
+    parts = find_references(path, within)
     try:
-        with rasterio.Env(**GDAL_OPTIONS), open_dataset(path) as dataset:
-            return _describe(path, dataset, bands)
+        with vrt_lock(parts.vrt), settings(), open_dataset(path) as dataset:
+            return _describe(path, dataset, bands, parts)
     except RasterioError as error:
+        if parts.remote and may_pass(error, path, remote=True):
+            raise PassingError(f"{path}: could not be opened ({reason(error)})") from error
         raise InputError(f"{path}: not a raster that GDAL can read ({reason(error)})") from error
 
 
-def open_dataset(path: Path) -> rasterio.DatasetReader:
-    """Open for reading. What is not georeferenced gets an error elsewhere, not a warning."""
-    # Warning filters belong to the whole process: two threads changing them at once could
-    # leave them changed.
-    with _OPENING, warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        return rasterio.open(path)
-
-
-def reason(error: BaseException) -> str:
-    """What GDAL said, without the wrapping of rasterio and without the path."""
-    inner = error.__cause__ or error
-    text = str(getattr(inner, "errmsg", None) or inner).strip().splitlines()[0]
-    return text.split("' ", 1)[-1].rstrip(".") if text.startswith("'") else text.rstrip(".")
-
-
 def _describe(
-    path: Path, dataset: rasterio.DatasetReader, asked: tuple[int, ...] | None
+    path: Path,
+    dataset: rasterio.DatasetReader,
+    asked: tuple[int, ...] | None,
+    parts: References,
 ) -> RasterFile:
     if dataset.count == 0:
         raise InputError(
@@ -200,7 +216,7 @@ def _describe(
     dtypes = {dataset.dtypes[b - 1] for b in bands}
     if any(d.startswith("complex") for d in dtypes):
         raise InputError(f"{path}: holds complex numbers, which are not imagery")
-    _check_complete(path, dataset)
+    check_readable(path, dataset, parts.files)
     tags = {key.lower(): value.strip() for key, value in dataset.tags().items()}
     return RasterFile(
         path=path,
@@ -216,6 +232,8 @@ def _describe(
         block_px=dataset.block_shapes[bands[0] - 1],
         attribution=tags.get("attribution") or tags.get("tifftag_copyright", ""),
         licence=tags.get("licence") or tags.get("license", ""),
+        vrt=parts.vrt,
+        remote=parts.remote,
     )
 
 
@@ -231,7 +249,7 @@ def _native_grid(path: Path, dataset: rasterio.DatasetReader) -> GeoBox:
             f"{path}: has no coordinate reference system; if you know it, assign it, e.g.: "
             f"rio edit-info --crs EPSG:32633 {path.name}"
         )
-    if transform.is_identity or transform.determinant == 0:
+    if transform.is_identity or not math.isfinite(transform.determinant or math.nan):
         raise InputError(
             f"{path}: does not say where its pixels lie (no geotransform); assign the corners: "
             f"gdal_edit.py -a_ullr WEST NORTH EAST SOUTH {path.name}"
@@ -242,7 +260,17 @@ def _native_grid(path: Path, dataset: rasterio.DatasetReader) -> GeoBox:
             f"warp it to one that is, or assign the right one: rio edit-info --crs ... {path.name}"
         )
     code = crs.to_epsg()
-    return GeoBox(dataset.shape, transform, CRS(f"EPSG:{code}" if code else crs.to_wkt()))
+    grid = GeoBox(dataset.shape, transform, CRS(f"EPSG:{code}" if code else crs.to_wkt()))
+    try:
+        gsd_m = ground_gsd_m(grid)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; check its CRS and its geotransform") from error
+    if gsd_m < _LEAST_GSD_M:
+        raise InputError(
+            f"{path}: has pixels of {gsd_m:.2g} m on the ground, which cannot be: check its CRS "
+            "and its geotransform"
+        )
+    return grid
 
 
 def _choose_bands(
@@ -306,32 +334,6 @@ def _palette(dataset: rasterio.DatasetReader, bands: tuple[int, ...]) -> NDArray
     for number, colour in entries.items():
         table[number] = colour
     return table
-
-
-def _check_complete(path: Path, dataset: rasterio.DatasetReader) -> None:
-    """Refuse what lacks pixels, before hours are spent on it: cut TIFFs, VRTs of missing files."""
-    if dataset.driver == "VRT":
-        for name in dataset.files:
-            # Other names are addresses or parts of files, which only GDAL can look up.
-            if not (name.startswith("/vsi") or ":" in name[2:] or Path(name).exists()):
-                raise InputError(f"{path}: refers to {name}, which does not exist")
-    if dataset.driver != "GTiff" or not path.is_file():
-        return
-    size = os.path.getsize(path)
-    height, width = dataset.block_shapes[0]
-    down, across = -(-dataset.height // height), -(-dataset.width // width)
-    n = down * across
-    for k in np.unique(np.linspace(0, n - 1, min(n, _CHECKED_BLOCKS)).astype(int))[::-1]:
-        block = f"{k % across}_{k // across}"
-        # Where bands are stored one after another, the last one is cut first.
-        band = dataset.count
-        offset = dataset.get_tag_item(f"BLOCK_OFFSET_{block}", "TIFF", bidx=band)
-        length = dataset.get_tag_item(f"BLOCK_SIZE_{block}", "TIFF", bidx=band)
-        if offset and length and int(offset) + int(length) > size:
-            raise InputError(
-                f"{path}: is cut short or damaged (it has {size} bytes, but pixels up to byte "
-                f"{int(offset) + int(length)}); copy or download it again"
-            )
 
 
 def _read_bands(

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,16 +23,12 @@ from rasterio.windows import Window
 
 from soundmap.errors import SourceError, UsageError
 from soundmap.grid import ground_gsd_m
+from soundmap.sources._gdal import open_dataset, reason, settings, vrt_lock
 from soundmap.sources._mosaic import Mosaic, union
-from soundmap.sources._rasterfile import (
-    GDAL_OPTIONS,
-    RasterFile,
-    inspect,
-    open_dataset,
-    reason,
-)
+from soundmap.sources._rasterfile import RasterFile, inspect
 from soundmap.sources._resample import Canvas, fill
 from soundmap.sources._rescale import Rescale, from_sample, given
+from soundmap.sources._retry import Patience, read_patiently
 from soundmap.sources._tiles import read_in_tiles
 from soundmap.sources.base import Image, Resampling, SourceInfo
 
@@ -74,11 +71,18 @@ class RasterSource:
         One or two bands of data are shown as grey, from the first. Alpha is never data.
     rescale
         The stored numbers that become 0 and 255.
+    within
+        The folder that VRTs must not refer out of; None: they may refer anywhere.
+    patience
+        How long reads are tried again; if not given, as the environment says (docs/imagery.md).
 
     Raises
     ------
     InputError
-        A file is missing, not a raster, not georeferenced or cut short.
+        A file is missing, not a raster, not georeferenced, cut short, or refers to what must not
+        be read.
+    SourceError
+        What a VRT refers to does not answer.
     UsageError
         A file has no such band, or ``rescale`` is not two rising numbers.
 
@@ -96,26 +100,32 @@ class RasterSource:
         name: str = "",
         bands: tuple[int, ...] | None = None,
         rescale: tuple[float, float] | None = None,
+        within: Path | None = None,
+        patience: Patience | None = None,
     ) -> None:
         if not paths:
             raise UsageError("no raster files were given")
+        self._patience = patience or Patience.from_environment()
         self._name = name or Path(paths[0]).name
         self._given = None if rescale is None else given(rescale)
         # Workers may run in another directory.
-        self._files = tuple(inspect(Path(os.path.abspath(p)), bands) for p in paths)
+        files = [Path(os.path.abspath(p)) for p in paths]
+        self._files = tuple(
+            read_patiently(partial(inspect, f, bands, within), self._patience) for f in files
+        )
         self._stretch: tuple[Rescale | None] | None = None
         self._info: SourceInfo | None = None
         self._start()
 
     def _start(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._handles = _Handles()
         self._mosaic = Mosaic(self._files)
 
     def __getstate__(self) -> dict[str, Any]:
         # Found out here once, not by every copy anew.
         self._rescale()
-        keep = ("_name", "_given", "_files", "_stretch", "_info")
+        keep = ("_name", "_given", "_files", "_stretch", "_info", "_patience")
         return {key: self.__dict__[key] for key in keep}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -128,10 +138,13 @@ class RasterSource:
     @property
     def info(self) -> SourceInfo:
         """Name, native grid, credits, and all that decides the pixels."""
-        with self._lock:
-            if self._info is None:
-                self._info = self._describe()
-            return self._info
+        # Found without holding the lock, since it may mean to wait for a network: two threads at
+        # once find the same.
+        if self._info is None:
+            found = self._describe()
+            with self._lock:
+                self._info = self._info or found
+        return self._info
 
     def read(self, grid: GeoBox, resampling: Resampling = "area") -> Image:
         """Fill ``grid`` with pixels.
@@ -173,7 +186,7 @@ class RasterSource:
         near = self._mosaic.near(grid, resampling)
         if among is not None:
             near = [i for i in near if i in among]
-        with rasterio.Env(**GDAL_OPTIONS):
+        with settings():
             for run in self._mosaic.runs(near, resampling):
                 try:
                     fill(canvas, run.grid, partial(run.window, read_file), resampling)
@@ -187,18 +200,22 @@ class RasterSource:
     def _window(
         self, rescale: Rescale | None, file: RasterFile, *window: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        with self._handles.borrow(file.path) as dataset:
-            return file.window(dataset, rescale, *window)
+        def read() -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+            with self._handles.borrow(file) as dataset:
+                return file.window(dataset, rescale, *window)
+
+        return read_patiently(read, self._patience)
 
     def close(self) -> None:
         """Close the files that are kept open between reads; a later read opens them again."""
         self._handles.close()
 
     def _rescale(self) -> Rescale | None:
-        with self._lock:
-            if self._stretch is None:
-                self._stretch = (self._find_rescale(),)
-            return self._stretch[0]
+        if self._stretch is None:
+            found = self._find_rescale()
+            with self._lock:
+                self._stretch = self._stretch or (found,)
+        return self._stretch[0]
 
     def _find_rescale(self) -> Rescale | None:
         scaled = [f for f in self._files if f.scaled]
@@ -207,7 +224,7 @@ class RasterSource:
         if all(f.dtype == "uint8" for f in scaled):
             return None
         total = sum(math.prod(f.grid.shape) for f in scaled)
-        with rasterio.Env(**GDAL_OPTIONS):
+        with settings():
             samples = [self._sample(f, total) for f in scaled]
         return from_sample(np.concatenate(samples))
 
@@ -215,30 +232,29 @@ class RasterSource:
         """Valid numbers spread over one raster, as many as its part of the source deserves."""
         height, width = file.grid.shape
         thinning = max(1.0, math.sqrt(total / _SAMPLE_PX))
-        with self._handles.borrow(file.path) as dataset:
-            if total <= _READ_WHOLE_PX or max(file.overviews, default=1) >= thinning / 2:
-                shape = (math.ceil(height / thinning), math.ceil(width / thinning))
-                windows = [Window(0, 0, width, height)]
-            else:
-                share = height * width / total
-                windows = _spread(file, max(1, round(_SAMPLE_PLACES * share)))
-                per_window = max(1, _SAMPLE_PX * share / len(windows))
-                thin = max(1.0, math.sqrt(windows[0].height * windows[0].width / per_window))
-                shape = (
-                    math.ceil(windows[0].height / thin),
-                    math.ceil(windows[0].width / thin),
-                )
-            parts = []
-            for window in windows:
+        if total <= _READ_WHOLE_PX or max(file.overviews, default=1) >= thinning / 2:
+            shape = (math.ceil(height / thinning), math.ceil(width / thinning))
+            windows = [Window(0, 0, width, height)]
+        else:
+            share = height * width / total
+            windows = _spread(file, max(1, round(_SAMPLE_PLACES * share)))
+            per_window = max(1, _SAMPLE_PX * share / len(windows))
+            thin = max(1.0, math.sqrt(windows[0].height * windows[0].width / per_window))
+            shape = (math.ceil(windows[0].height / thin), math.ceil(windows[0].width / thin))
+
+        def read(window: Window) -> NDArray[Any]:
+            with self._handles.borrow(file) as dataset:
                 values, valid = file.values(dataset, window, shape)
-                parts.append(values[:, valid].ravel())
-        return np.concatenate(parts)
+            return values[:, valid].ravel()
+
+        return np.concatenate([read_patiently(partial(read, w), self._patience) for w in windows])
 
     def _describe(self) -> SourceInfo:
         first = self._files[0]
         grid = union(self._files)
         rescale = self._rescale()
-        files = "; ".join(f"{f.path.name}:{f.digest()}" for f in self._files)
+        digests = [read_patiently(f.digest, self._patience) for f in self._files]
+        files = "; ".join(f"{f.path.name}:{d}" for f, d in zip(self._files, digests, strict=True))
         if len(self._files) > _LISTED_FILES:
             files = f"digest of all: {hashlib.sha256(files.encode()).hexdigest()[:16]}"
         facts = {
@@ -270,25 +286,34 @@ class _Handles:
         self._lock = threading.Lock()
         self._idle: deque[tuple[Path, rasterio.DatasetReader]] = deque()
         self._pid = os.getpid()
+        _ALL.add(self)
 
     @contextmanager
-    def borrow(self, path: Path) -> Iterator[rasterio.DatasetReader]:
-        dataset = self._take(path)
-        try:
-            yield dataset
-        except BaseException:
-            # A handle that failed may hold half-read state: the next try gets a new one.
-            dataset.close()
-            raise
-        self._give(path, dataset)
+    def borrow(self, file: RasterFile) -> Iterator[rasterio.DatasetReader]:
+        with vrt_lock(file.vrt):
+            dataset = None
+            try:
+                dataset = self._take(file)
+                yield dataset
+            except BaseException:
+                # A handle that failed may hold half-read state: the next try gets a new one.
+                if dataset is not None:
+                    dataset.close()
+                if file.vrt:
+                    _close_vrts()
+                raise
+            self._give(file.path, dataset)
 
-    def close(self) -> None:
+    def close(self, only_vrts: bool = False) -> None:
         with self._lock:
-            idle, self._idle = self._idle, deque()
-        for _, dataset in idle:
-            dataset.close()
+            held, self._idle = self._idle, deque()
+            going = [d for _, d in held if not only_vrts or d.driver == "VRT"]
+            self._idle.extend(i for i in held if i[1] not in going)
+        with vrt_lock(any(dataset.driver == "VRT" for dataset in going)):
+            for dataset in going:
+                dataset.close()
 
-    def _take(self, path: Path) -> rasterio.DatasetReader:
+    def _take(self, file: RasterFile) -> rasterio.DatasetReader:
         with self._lock:
             if self._pid != os.getpid():
                 # After a fork, parent and child would move one another's file position. Closing
@@ -296,14 +321,14 @@ class _Handles:
                 _ABANDONED.append(self._idle)
                 self._idle, self._pid = deque(), os.getpid()
             for i in range(len(self._idle) - 1, -1, -1):
-                if self._idle[i][0] == path:
+                if self._idle[i][0] == file.path:
                     dataset = self._idle[i][1]
                     del self._idle[i]
                     return dataset
         try:
-            return open_dataset(path)
+            return open_dataset(file.path)
         except RasterioError as error:
-            raise SourceError(f"{path}: could not be opened again ({reason(error)})") from error
+            raise file.failure("opened again", error) from error
 
     def _give(self, path: Path, dataset: rasterio.DatasetReader) -> None:
         spare = None
@@ -312,10 +337,19 @@ class _Handles:
             if len(self._idle) > _OPEN_FILES:
                 spare = self._idle.popleft()[1]
         if spare is not None:
-            spare.close()
+            with vrt_lock(spare.driver == "VRT"):
+                spare.close()
 
 
 _ABANDONED: list[object] = []
+
+_ALL: weakref.WeakSet[_Handles] = weakref.WeakSet()
+
+
+def _close_vrts() -> None:
+    """Close every VRT of this process that is not being read; call under the lock, so none is."""
+    for handles in list(_ALL):
+        handles.close(only_vrts=True)
 
 
 def _spread(file: RasterFile, n: int) -> list[Window]:

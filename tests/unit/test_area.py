@@ -91,11 +91,11 @@ class TestPieces:
     def test_threads_ask_at_once(self) -> None:
         grid = GeoBox((120, 120), Affine(0.0167, 0, 9, 0, -0.0167, 51), "EPSG:4326")
         parts = [block(grid, row, row + 8, 0, 120) for row in range(0, 120, 8)]
-        area = Area(coast(5000, 2))
+        area = Area(coast(1500, 2))
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(area.mask, parts * 4))
         whole = np.concatenate(found[: len(parts)])
-        np.testing.assert_array_equal(whole, Area(coast(5000, 2)).mask(grid))
+        np.testing.assert_array_equal(whole, Area(coast(1500, 2)).mask(grid))
         for i, mask in enumerate(found):
             np.testing.assert_array_equal(mask, found[i % len(parts)])
 

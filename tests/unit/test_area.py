@@ -60,7 +60,7 @@ class TestPieces:
             patch.setattr(area_module, "_MOST_POINTS", most)
             mask = Area(polygon).mask(grid)
         lon, lat = cell_lonlat(grid)
-        # A centre on a cut belongs to a piece; one within rounding of the outline may go either way.
+        # A centre on a cut belongs to a piece; one on the outline, by rounding, may not.
         sure = ~shapely.dwithin(polygon.boundary, shapely.points(lon, lat), 1e-12)
         np.testing.assert_array_equal(mask[sure], shapely.intersects_xy(polygon, lon, lat)[sure])
 

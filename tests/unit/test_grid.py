@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shapely
 from affine import Affine
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -17,7 +16,6 @@ from odc.geo.geom import BoundingBox
 from pyproj import Geod
 from rasterio.warp import transform_bounds
 
-from soundmap.area import Area
 from soundmap.errors import InputError, UsageError
 from soundmap.grid import (
     block,

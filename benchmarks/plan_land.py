@@ -53,7 +53,7 @@ def globe() -> Globe:
 
 
 def peak_mb() -> int:
-    """Most memory that this process held; what `getrusage` tells is its parent's, if that is more."""
+    """Most memory that this process held; `getrusage` may tell its parent's."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 

@@ -18,6 +18,8 @@ from soundmap.grid import cell_lonlat
 
 # Points of a piece: few enough to prepare it anew in each unit, many enough that few are near.
 _MOST_POINTS = 256
+_LEAST_DEG = 1e-6
+_MOST_GROWTH = 3
 _SEAM = 180.0
 
 Bools = NDArray[np.bool_]
@@ -107,8 +109,15 @@ def _cut(geometry: BaseGeometry) -> NDArray[np.object_]:
     """Halve polygons, the longer side first, until each has few points."""
     rest = shapely.get_parts(geometry)
     done = []
+    # Long thin spikes are cut again and again: an end must come before memory does.
+    most = _MOST_GROWTH * (int(shapely.get_num_coordinates(geometry)) + _MOST_POINTS)
     while len(rest):
+        west, south, east, north = shapely.bounds(rest).T
         large = shapely.get_num_coordinates(rest) > _MOST_POINTS
+        # Where many edges meet in one point cutting leaves as many.
+        large &= np.maximum(east - west, north - south) > _LEAST_DEG
+        held = sum(int(shapely.get_num_coordinates(part).sum()) for part in (*done, rest))
+        large &= held <= most
         done.append(rest[~large])
         rest = rest[large]
         west, south, east, north = shapely.bounds(rest).T

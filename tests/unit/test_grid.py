@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shapely
 from affine import Affine
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -17,7 +16,6 @@ from odc.geo.geom import BoundingBox
 from pyproj import Geod
 from rasterio.warp import transform_bounds
 
-from soundmap.area import Area
 from soundmap.errors import InputError, UsageError
 from soundmap.grid import (
     block,
@@ -379,59 +377,3 @@ class TestBounds:
         slack = 1e-6 * (bounds.span_x + bounds.span_y) + 1e-9 * abs(x)
         assert bounds.left - slack <= x <= bounds.right + slack
         assert bounds.bottom - slack <= y <= bounds.top + slack
-
-
-class TestMask:
-    def test_a_triangle(self) -> None:
-        triangle = shapely.Polygon([(0, 0), (4, 0), (0, 4)])
-        mask = Area(triangle).mask(GeoBox((4, 4), Affine(1, 0, 0, 0, -1, 4), "EPSG:4326"))
-        assert mask.tolist() == [
-            [True, False, False, False],
-            [True, True, False, False],
-            [True, True, True, False],
-            [True, True, True, True],
-        ]
-
-    @pytest.mark.parametrize("left", [177.0, -183.0, 537.0])
-    @pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:3857"])
-    def test_a_grid_beyond_180_meets_the_region(self, left: float, crs: str) -> None:
-        region = region_from_bbox(178, -1, -178, 1)
-        (x0, _), (x1, _) = project_lonlat(crs, [left, left + 1], [0, 0])
-        grid = GeoBox((1, 6), Affine(x1 - x0, 0, x0, 0, -1, 0), crs)
-        assert Area(region.geometry).mask(grid).tolist() == [[False, *[True] * 4, False]]
-
-    @pytest.mark.parametrize("box", [(170, 0, 180, 1), (-180, 0, -170, 1), (175, 0, 185, 1)])
-    @pytest.mark.parametrize("left", [179.5, -180.5])
-    def test_a_centre_on_the_180th_meridian_is_inside(
-        self, box: tuple[float, float, float, float], left: float
-    ) -> None:
-        grid = GeoBox((1, 1), Affine(1, 0, left, 0, -1, 1), "EPSG:4326")
-        assert Area(region_from_bbox(*box).geometry).mask(grid).all()
-
-    def test_off_the_earth_is_off_the_region(self) -> None:
-        grid = GeoBox((2, 1), Affine(1, 0, 0, 0, -1, 91), "EPSG:4326")
-        globe = region_from_bbox(-180, -90, 180, 90).geometry
-        assert Area(globe).mask(grid).tolist() == [[False], [True]]
-
-    def test_the_pole_is_covered(self) -> None:
-        grid = GeoBox((10, 10), Affine(2e4, 0, 1.9e6, 0, -2e4, 2.1e6), "EPSG:32661")
-        assert Area(region_from_bbox(-180, 85, 180, 90).geometry).mask(grid).all()
-
-    @given(
-        centre=st.tuples(st.floats(-180, 180), st.floats(-80, 80)),
-        radius=st.floats(0.01, 5), cut=st.integers(0, 20),
-    )  # fmt: skip
-    def test_a_block_has_the_mask_of_its_cells(
-        self, centre: tuple[float, float], radius: float, cut: int
-    ) -> None:
-        from soundmap.region import split_antimeridian
-
-        disc = split_antimeridian(shapely.Point(centre).buffer(radius))
-        crs = local_metric_crs(*centre)
-        grid = snap_grid(region_bounds(disc, crs), radius * 111_000 / 10)
-        mask = Area(disc).mask(grid)
-        assert mask.any()
-        rows, cols = grid.shape
-        cut = min(cut, rows - 1)
-        part = Area(disc).mask(block(grid, cut, rows, 0, cols))
-        assert (part == mask[cut:]).all()

@@ -200,6 +200,64 @@ class TestEveryCellOnce:
         )
 
 
+class TestMasked:
+    @settings(max_examples=60)
+    @given(
+        box=boxes(), system=st.sampled_from(SYSTEMS), cells=st.floats(1, 80),
+        unit=st.integers(1, 20), west=st.floats(-180, 179), span=st.floats(0.01, 180),
+        south=st.floats(-90, 80), height=st.floats(0.01, 100),
+    )  # fmt: skip
+    @example(
+        box=(170.0, -20.0, 190.0, -10.0), system="EPSG:4326", cells=50.0, unit=6, west=175.0,
+        span=10.0, south=-30.0, height=17.0,
+    )  # fmt: skip
+    @example(
+        box=(-180.0, 60.0, 180.0, 90.0), system="EPSG:32661", cells=50.0, unit=6, west=-180.0,
+        span=360.0, south=80.0, height=10.0,
+    )  # fmt: skip
+    def test_units_are_where_region_and_mask_both_are(
+        self, box: tuple[float, float, float, float], system: str, cells: float, unit: int,
+        west: float, span: float, south: float, height: float,
+    ) -> None:  # fmt: skip
+        region = region_from_bbox(*box)
+        mask = region_from_bbox(west, south, west + span, min(90, south + height))
+        mask = replace(mask, clip=True)
+        grid = grid_over(region, system, cells, 0.0)
+        plan = make_plan(region, grid, unit, {}, mask)
+        count = times_planned(plan)
+        assert count.max(initial=0) <= 1
+        both = Area(region.geometry).mask(grid) & Area(mask.geometry).mask(grid)
+        # On an outline that is not both's own, rounding decides.
+        sharp = shapely.buffer(shapely.intersection(region.geometry, mask.geometry), -1e-9)
+        inside = Area(sharp).mask(grid) if not sharp.is_empty else np.zeros(grid.shape, bool)
+        assert (count[inside] == 1).all()
+        if plan.area is not None and len(plan.units):
+            wanted = plan.area.mask(grid)
+            assert (both | ~wanted).all()
+            assert (count[wanted] == 1).all()
+        # Nothing is planned that the region alone would not have.
+        alone = {u.index for u in make_plan(region, grid, unit).units}
+        assert {u.index for u in plan.units} <= alone
+
+    def test_units_off_the_mask_are_left_out(self) -> None:
+        grid = GeoBox((100, 100), Affine(0.01, 0, 4, 0, -0.01, 53), "EPSG:4326")
+        region = region_from_bbox(4.0, 52.0, 4.35, 53.0)
+        land = replace(region_from_bbox(4.25, 52.55, 5, 52.65), clip=True)
+        plan = make_plan(region, grid, 10, {}, land)
+        assert [unit.index for unit in plan.units] == [(3, 2), (3, 3), (4, 2), (4, 3)]
+        assert plan.area is not None
+        wanted = plan.area.mask(grid)
+        assert wanted.sum() == 10 * 10
+        assert wanted[35:45, 25:35].all()
+
+    def test_region_and_mask_apart_leave_nothing(self) -> None:
+        grid = GeoBox((100, 100), Affine(0.01, 0, 4, 0, -0.01, 53), "EPSG:4326")
+        region = region_from_bbox(4.0, 52.0, 4.5, 53.0)
+        for west in (4.5, 4.7):  # they share an edge; they do not meet
+            land = replace(region_from_bbox(west, 52, 5, 53), clip=True)
+            assert len(make_plan(region, grid, 10, {}, land).units) == 0
+
+
 class TestTouching:
     def test_units_off_the_region_are_left_out(self) -> None:
         grid = GeoBox((100, 100), Affine(0.01, 0, 4, 0, -0.01, 53), "EPSG:4326")
@@ -353,6 +411,27 @@ class TestPlan:
             fingerprint_of(self.FACTS, self.GRID, 30, replace(self.REGION, clip=True)),
         }
         assert len(prints) == 8
+
+    def test_the_mask_is_part_of_the_fingerprint(self) -> None:
+        land = replace(region_from_bbox(4, 52, 4.5, 53), clip=True)
+        other = replace(region_from_bbox(4, 52, 4.5, 52.9), clip=True)
+        without = make_plan(self.REGION, self.GRID, 30, self.FACTS)
+        first, second = (
+            make_plan(self.REGION, self.GRID, 30, self.FACTS, mask) for mask in (land, other)
+        )
+        assert len({without.fingerprint, first.fingerprint, second.fingerprint}) == 3
+        assert first.fingerprint == fingerprint_of(
+            self.FACTS, self.GRID, 30, self.REGION, replace(land, label="other name")
+        )
+        named = [k for k in first.facts if first.facts[k] != second.facts.get(k)]
+        assert named == ["mask"]
+        assert "mask" not in without.facts
+
+    def test_units_by_their_positions(self) -> None:
+        units = make_plan(self.REGION, self.GRID, 30).units
+        some = units.at(np.array([3, 5]))
+        assert list(some) == [units[3], units[5]]
+        assert len(units.at(np.empty(0, np.int64))) == 0
 
     def test_what_does_not_leaves_it_alone(self) -> None:
         expected = fingerprint_of(self.FACTS, self.GRID, 30, self.REGION)

@@ -269,6 +269,23 @@ class TestFile:
             region_from_file(str(tmp_path / "a.geojson"))
         assert "\n" not in str(error.value)
 
+    def test_features_are_chosen_by_their_attributes(self, shared_data: Path) -> None:
+        countries = str(shared_data / "boundaries/ne_110m_countries.geojson")
+        portugal = region_from_file(countries, "NAME = 'Portugal'")
+        check_sound(portugal)
+        assert portugal.clip
+        assert portugal.label == "ne_110m_countries.geojson where NAME = 'Portugal'"
+        west, south, east, north = portugal.geometry.bounds
+        assert (round(west), round(south), round(east), round(north)) == (-10, 37, -6, 42)
+        for where, said in (
+            ("NAM = 'Portugal'", "cannot be understood.*columns.*name, iso_a3, continent"),
+            ("NAME = 'Atlantis'", "holds for no feature.*columns are name, iso_a3, continent"),
+            (" ", "empty"),
+        ):
+            with pytest.raises(UsageError, match=said) as caught:
+                region_from_file(countries, where)
+            assert "\n" not in str(caught.value)
+
     def test_layers(self, tmp_path: Path) -> None:
         import geopandas
 

@@ -133,7 +133,8 @@ def _start(workers: int, stack: contextlib.ExitStack) -> Client:
             n_workers=workers,
             threads_per_worker=max(1, usable_cores() // workers),
             processes=True,
-            dashboard_address=None,
+            # Any free port, so that two runs at once do not get into each other's way.
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         )
     )

@@ -157,6 +157,10 @@ class Stage:
         "soundmap.encoder.torch_encoder",
         "soundmap.runner.worker",
         "soundmap.sources.raster",
+        # What loading a model imports late.
+        "tokenizers",
+        "torch.fx.experimental.symbolic_shapes",
+        "torch.utils._device",
     ]
 
     folder: Path

@@ -229,11 +229,14 @@ def discard(path: Location) -> None:
             os.rename(path, _gone(path))
             _clear_gone(path)
             return
+        names = place.names_in(path)
+        if not names:
+            return
         # Not finished from here on, and not to be opened either.
         place.write_bytes(place.child(path, PRIVATE, "discarded"), b"")
         for name in ROOT_FILES:
-            place.remove(place.child(path, name))
-        for name in place.names_in(path):
+            place.remove_file(place.child(path, name))
+        for name in names:
             if name != PRIVATE:
                 place.remove(place.child(path, name))
         place.remove(place.child(path, PRIVATE))

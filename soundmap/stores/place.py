@@ -91,9 +91,10 @@ def names_in(location: Location) -> list[str]:
         return sorted(entry.name for entry in location.iterdir()) if location.is_dir() else []
     try:
         found = _s3().ls(location, detail=False)
-    except FileNotFoundError:
-        # Told apart from a bucket that is not there, which must not pass for an empty one.
-        _s3().ls(location.removeprefix("s3://").partition("/")[0], detail=False)
+    except FileNotFoundError as error:
+        # By the server itself: a bucket that is not there, which must not pass for an empty one.
+        if error.__cause__ is not None:
+            raise
         return []
     return sorted({name.rstrip("/").rpartition("/")[2] for name in found})
 
@@ -152,6 +153,14 @@ def remove(location: Location) -> None:
         return
     with contextlib.suppress(FileNotFoundError):
         _s3().rm(location, recursive=True)
+
+
+def remove_file(location: Location) -> None:
+    """Remove one file or object; nothing where there is none."""
+    if isinstance(location, Path):
+        location.unlink(missing_ok=True)
+    else:
+        _s3().rm_file(location)
 
 
 def upload(folder: Path, location: str, last: Sequence[str]) -> None:
@@ -258,6 +267,8 @@ def _connect(asynchronous: bool, _process: int, _settings: Iterable[tuple[str, s
         # fsspec would hand out a connection of other keys, and listings of before.
         skip_instance_cache=True,
         use_listings_cache=False,
+        # More would ask for the size of each object before it is read; Zarr asks for many at once.
+        max_concurrency=1,
         config_kwargs={"connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS},
     )
     if asynchronous:

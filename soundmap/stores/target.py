@@ -131,7 +131,7 @@ def _check_remote(address: str, kind: Kind, overwrite: bool) -> None:
         place.write_bytes(probe, b"")
         with contextlib.suppress(*place.storage_errors()):
             # Some keys may write and not remove.
-            place.remove(probe)
+            place.remove_file(probe)
     if not names or PRIVATE in names:
         return
     if not overwrite:

@@ -128,6 +128,9 @@ def _values(group: zarr.Group, schema: MapSchema, fill: float, scratch: bool) ->
     values.attrs.update(_values_attrs(schema))
     if group.metadata.zarr_format == 2:
         values.attrs["_ARRAY_DIMENSIONS"] = ["concept", "y", "x"]
+    elif schema.dtype == "uint8":
+        # In version 3 xarray takes the array's own fill value for a number like any other.
+        values.attrs["_FillValue"] = int(schema.nodata)
 
 
 def _put_private(path: Path, schema: MapSchema, units_shape: tuple[int, int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -94,6 +95,7 @@ def begin(target: str | Path, work: Work, overwrite: bool) -> Iterator[ZarrStore
     with contextlib.ExitStack() as stack:
         with place.writing(location), one_at_a_time(path):
             lock = stack.enter_context(RunLock(path, location))
+            _clear_gone(path)
             store = _go_on(location, work, overwrite)
             if store is None:
                 # At an address, a finished map stands where the work would.
@@ -198,6 +200,7 @@ def tidy(target: str | Path) -> None:
     path = work_path(location)
     with one_at_a_time(path), contextlib.suppress(SoundmapError, OSError), RunLock(path, location):
         place.remove(aside_path(location))
+        _clear_gone(path)
         if not is_unfinished(location):
             return
         there, left = describe(location), open_store(path).schema
@@ -215,12 +218,38 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def discard(path: Location) -> None:
-    """Remove a run's store, as far as storage lets us."""
+    """Remove a run's store, as far as storage lets us.
+
+    Killed on the way, it leaves nothing that could be taken for a store: half of the chunks with
+    all of the status would be a map with holes.
+    """
     with contextlib.suppress(*place.storage_errors()):
         if isinstance(path, Path):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            place.remove(path)
+            _clear_gone(path)
+            os.rename(path, _gone(path))
+            _clear_gone(path)
+            return
+        names = place.names_in(path)
+        if not names:
+            return
+        # Not finished from here on, and not to be opened either.
+        place.write_bytes(place.child(path, PRIVATE, "discarded"), b"")
+        for name in ROOT_FILES:
+            place.remove_file(place.child(path, name))
+        for name in names:
+            if name != PRIVATE:
+                place.remove(place.child(path, name))
+        place.remove(place.child(path, PRIVATE))
+
+
+def _gone(path: Path) -> Path:
+    return path.with_name(f"{path.name}.gone")
+
+
+def _clear_gone(path: Location) -> None:
+    """Remove the rest of a store that was being removed when its run was killed."""
+    if isinstance(path, Path):
+        shutil.rmtree(_gone(path), ignore_errors=True)
 
 
 def check_room(target: str | Path, bytes_out: int) -> None:

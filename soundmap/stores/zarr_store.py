@@ -194,7 +194,7 @@ class ZarrStore:
             consolidate(place.zarr_location(self.path, read_only=False), self.zarr_format)
             if not keep_status:
                 # The marker first: halves of the rest must not pass for a run with all to do.
-                place.remove(child(self.path, PRIVATE, *MARKER))
+                place.remove_file(child(self.path, PRIVATE, *MARKER))
                 place.remove(child(self.path, PRIVATE))
                 self._arrays.clear()
         return self.statistics()

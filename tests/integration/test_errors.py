@@ -141,7 +141,7 @@ OUTPUTS = {
     "file in place of the folder": ("town.tif/map.tif", "does not exist"),
     "unwritable folder": ("locked/map.tif", "cannot write in folder"),
     "unwritable folder for a store": ("locked/map.zarr", "cannot write in folder"),
-    "remote store": ("s3://maps/map.zarr", "local folders"),
+    "remote store": ("gs://maps/map.zarr", "local folders and to s3://"),
 }
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +16,11 @@ import numpy as np
 import pytest
 import rasterio
 import xarray as xr
+from safetensors.numpy import load_file, save_file
 
 import soundmap
 from soundmap.api import Listener, Request, run
+from soundmap.encoder import find_model
 from soundmap.errors import PlanMismatch, RunFailed, SourceError
 from soundmap.estimate import Estimate
 from soundmap.layout import Layout
@@ -150,6 +155,60 @@ def test_other_imagery_of_the_same_name_is_refused(request_: Request, tmp_path: 
                 run(one)
         else:
             stop(one, after=1)
+
+
+def test_another_size_of_the_raster_is_refused(request_: Request, tmp_path: Path) -> None:
+    with rasterio.open(request_.imagery) as dataset:
+        profile, pixels = dataset.profile, dataset.read()
+    path = tmp_path / "imagery" / "town.tif"
+    path.parent.mkdir()
+    one = dataclasses.replace(request_, imagery=str(path))
+    for height in (192, 128):
+        profile["height"] = height
+        with rasterio.open(path, "w", **profile) as copy:
+            copy.write(pixels[:, :height])
+        if height == 192:
+            stop(one, after=1)
+            continue
+        with pytest.raises(PlanMismatch, match=r"another .*grid.*imagery files.*repeat"):
+            run(one)
+
+
+def test_another_model_of_the_same_name_is_refused(request_: Request, tmp_path: Path) -> None:
+    bundled = find_model("soundmap-small").folder
+    folder = tmp_path / "models" / "own"
+    shutil.copytree(bundled, folder)
+    # Asked for by phrase: the bank beside the weights would refuse to serve others.
+    one = dataclasses.replace(
+        request_, model=str(folder), concepts=None, text=("bells",), value="similarity"
+    )
+    stop(one, after=1)
+    # The same weights but for one number.
+    weights = load_file(folder / "model.safetensors")
+    first = next(name for name, held in weights.items() if held.dtype == np.float32)
+    weights[first] = weights[first] * np.float32(1.0001)
+    save_file(weights, folder / "model.safetensors")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    card = json.loads((folder / "model.json").read_text())
+    old = hashlib.sha256((bundled / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "model.json").write_text(json.dumps(card).replace(old, digest))
+    for listing in folder.glob("*SUMS*"):
+        listing.write_text(listing.read_text().replace(old, digest))
+    with pytest.raises(PlanMismatch, match=r"model \(soundmap-small \w+ there, .* now\): "):
+        run(one)
+
+
+def test_another_bank_of_the_same_concepts_is_refused(request_: Request, tmp_path: Path) -> None:
+    bank = tmp_path / "imagery" / "sounds.json"
+    bank.parent.mkdir()
+    one = dataclasses.replace(request_, concepts=str(bank), value="similarity")
+    for prompt in ("church bells", "bells of a church"):
+        bank.write_text(json.dumps({"concepts": [{"name": "bells", "prompts": [prompt]}]}))
+        if prompt == "church bells":
+            stop(one, after=1)
+            continue
+        with pytest.raises(PlanMismatch, match="another concepts: repeat"):
+            run(one)
 
 
 def test_overwrite_starts_anew(request_: Request) -> None:

@@ -14,8 +14,11 @@ import zarr
 from affine import Affine
 from odc.geo.geobox import GeoBox
 
+import soundmap
 from soundmap.errors import InputError, OutputError, UsageError
+from soundmap.stores.info import describe
 from soundmap.stores.schema import MapSchema
+from soundmap.stores.template import inner_chunk
 from soundmap.stores.zarr_store import Status, create, open_store
 
 GRID = GeoBox((70, 90), Affine(140, 0, 500_000, 0, -140, 4_300_000), "EPSG:32629")
@@ -150,6 +153,63 @@ def test_xarray_gets_names_and_coordinates(tmp_path, dtype):
     birdsong = array.sel(concept="birdsong")
     np.testing.assert_allclose(birdsong, store.read()[0], atol=1e-6)
     assert dataset.attrs["attribution"] == SCHEMA.attribution
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_shards_open_in_xarray_as_chunks_do(tmp_path, dtype):
+    schema = replace(SCHEMA, dtype=dtype)
+    chunks, shards = (
+        finished(tmp_path / name, schema, shards=name == "b.zarr") for name in ("a.zarr", "b.zarr")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected, dataset = (xr.open_zarr(store.path) for store in (chunks, shards))
+    xr.testing.assert_equal(dataset, expected)
+    assert list(dataset["probability"].coords) == list(expected["probability"].coords)
+    array = dataset["probability"]
+    assert array.dims == ("concept", "y", "x")
+    assert array.attrs["_CRS"] == expected["probability"].attrs["_CRS"]
+    assert dataset["spatial_ref"].attrs == expected["spatial_ref"].attrs
+    for dataset in (soundmap.open(shards.path), xr.open_zarr(shards.path, decode_coords="all")):
+        assert dataset.rio.crs.to_epsg() == 32629
+    assert describe(shards.path).concepts == describe(chunks.path).concepts
+    assert open_store(shards.path) == replace(shards, mode="r")
+    np.testing.assert_array_equal(shards.read(), chunks.read())
+
+
+def test_a_unit_is_one_shard_with_chunks_inside(tmp_path):
+    schema = replace(SCHEMA, grid=other_grid("EPSG:3857", 100), chunk_cells=512)
+    grid = GeoBox((700, 600), schema.grid.affine, "EPSG:3857")
+    schema = replace(schema, grid=grid)
+    store = create(tmp_path / "a.zarr", schema, (2, 2), shards=True)
+    before = contents(store.path)
+    values = np.random.default_rng(0).random(schema.shape, dtype=np.float32)
+    store.write(0, 512, values[:, :512, 512:])
+    added = {name for name in contents(store.path) if name not in before}
+    assert {name for name in added if name.startswith("probability")} == {"probability/c/0/0/1"}
+    array = zarr.open_array(store.path / "probability", mode="r")
+    assert (array.shards, array.chunks) == ((3, 512, 512), (1, 256, 256))
+    np.testing.assert_array_equal(store.read()[:, :512, 512:], schema.pack(values[:, :512, 512:]))
+    assert np.isnan(store.read()[:, :, :512]).all()
+
+
+@pytest.mark.parametrize(
+    ("side", "inner"),
+    [(512, 256), (16, 16), (64, 64), (203, 203), (384, 192), (509, 509), (510, 255), (300, 150)],
+)
+def test_chunks_inside_a_shard_fill_it(side, inner):
+    assert inner_chunk(side) == inner
+    assert side % inner == 0
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_gdal_of_today_says_no_to_shards(tmp_path):
+    # What docs and help say; a GDAL that learns it is a reason to say otherwise.
+    store = finished(tmp_path / "a.zarr", shards=True)
+    with rasterio.open(store.path) as dataset:
+        assert dataset.count == 0
+    with pytest.raises(rasterio.errors.RasterioError, match=r"sharding|codec|not recognized"):
+        rasterio.open(f'ZARR:"{store.path}":/probability')
 
 
 def test_a_centre_at_zero_is_a_coordinate(tmp_path):

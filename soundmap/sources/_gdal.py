@@ -75,8 +75,8 @@ def settings() -> rasterio.Env:
 
 # GDAL keeps the files of all open VRTs in one pool, a file that could not be opened, too: as long
 # as any VRT is open, who asks for that file again is told "failure" without a message, which
-# rasterio takes for success. Of 200 such reads in three threads 180 returned other pixels, or none,
-# as if nothing were wrong (GDAL 3.10, rasterio 1.4.4). The pool goes when the last VRT is closed: so
+# rasterio takes for success. Of 200 such reads in three threads 180 returned other pixels or none
+# as if all were well (GDAL 3.10, rasterio 1.4.4). The pool goes when the last VRT is closed: so
 # VRTs are read one at a time, and after a failure all of them are closed.
 _vrts = threading.RLock()
 

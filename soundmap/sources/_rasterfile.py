@@ -20,8 +20,8 @@ from rasterio.windows import Window
 
 from soundmap.errors import InputError, SourceError, UsageError
 from soundmap.grid import ground_gsd_m
-from soundmap.sources._checks import check_readable
-from soundmap.sources._gdal import may_pass, open_dataset, reason, settings, vrt_lock
+from soundmap.sources._checks import check_parts, check_readable
+from soundmap.sources._gdal import alone, may_pass, open_dataset, reason, settings
 from soundmap.sources._references import References, check_file, find_references
 from soundmap.sources._rescale import Rescale
 from soundmap.sources._retry import PassingError
@@ -56,8 +56,10 @@ class RasterFile:
     block_px: tuple[int, int]
     attribution: str
     licence: str
+    parts: tuple[Path, ...]
+    """Local rasters that a VRT is made of."""
     vrt: bool
-    """Whether it is a VRT, to be handled under `vrt_lock`."""
+    """Whether it is a VRT, to be handled `alone`."""
     remote: bool
     """Whether its pixels come over a network."""
 
@@ -135,6 +137,13 @@ class RasterFile:
             text += "; if it is cut short or damaged, copy or download it again"
         return SourceError(text)
 
+    def _files(self) -> list[Path]:
+        try:
+            with settings(), open_dataset(self.path) as dataset:
+                return sorted(map(Path, dataset.files))
+        except RasterioError as error:
+            raise self.failure("opened again", error) from error
+
     def digest(self) -> str:
         """Digest of the sizes of the raster's local files and of pieces spread over them.
 
@@ -143,11 +152,8 @@ class RasterFile:
         SourceError
             It could not be opened.
         """
-        try:
-            with vrt_lock(self.vrt), settings(), open_dataset(self.path) as dataset:
-                files = sorted(Path(f) for f in dataset.files)
-        except RasterioError as error:
-            raise self.failure("opened again", error) from error
+        # To list a VRT's files GDAL would ask for those on the network.
+        files = sorted({self.path, *self.parts}) if self.vrt else self._files()
         summary = hashlib.sha256()
         for file in files:
             if not file.is_file():
@@ -188,12 +194,14 @@ def inspect(path: Path, bands: tuple[int, ...] | None, within: Path | None = Non
         raise InputError(f"{path}: the file is empty (0 bytes); copy or download it again")
     parts = find_references(path, within)
     try:
-        with vrt_lock(parts.vrt), settings(), open_dataset(path) as dataset:
-            return _describe(path, dataset, bands, parts)
+        with alone(parts.vrt), settings(), open_dataset(path) as dataset:
+            file = _describe(path, dataset, bands, parts)
     except RasterioError as error:
         if parts.remote and may_pass(error, path, remote=True):
             raise PassingError(f"{path}: could not be opened ({reason(error)})") from error
         raise InputError(f"{path}: not a raster that GDAL can read ({reason(error)})") from error
+    check_parts(path, parts.files)
+    return file
 
 
 def _describe(
@@ -216,7 +224,7 @@ def _describe(
     dtypes = {dataset.dtypes[b - 1] for b in bands}
     if any(d.startswith("complex") for d in dtypes):
         raise InputError(f"{path}: holds complex numbers, which are not imagery")
-    check_readable(path, dataset, parts.files)
+    check_readable(path, dataset)
     tags = {key.lower(): value.strip() for key, value in dataset.tags().items()}
     return RasterFile(
         path=path,
@@ -228,10 +236,12 @@ def _describe(
         alpha=alpha,
         nodata=tuple(dataset.nodatavals[b - 1] for b in bands),
         palette=_palette(dataset, bands),
-        overviews=tuple(dataset.overviews(bands[0])),
+        # A VRT's are those of the file within, which would be asked for.
+        overviews=() if parts.remote else tuple(dataset.overviews(bands[0])),
         block_px=dataset.block_shapes[bands[0] - 1],
         attribution=tags.get("attribution") or tags.get("tifftag_copyright", ""),
         licence=tags.get("licence") or tags.get("license", ""),
+        parts=parts.files,
         vrt=parts.vrt,
         remote=parts.remote,
     )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
 from soundmap.errors import SourceError
-from soundmap.grid import ground_gsd_m
+from soundmap.grid import crs_of, ground_gsd_m
 from soundmap.sources._resample import Canvas, fill
 from soundmap.sources._retry import PassingError, Patience, read_patiently
 from soundmap.sources.base import Image, Resampling, Source, SourceInfo
@@ -170,7 +170,7 @@ class FaultySource:
     ) -> None:
         self._source = source
         self._share = share
-        self._broken = tuple(place.extent for place in broken)
+        self._broken = tuple((crs_of(place), place.extent) for place in broken)
         self._seed = seed
         self._patience = patience or Patience(first_wait_s=0)
         self._log = log
@@ -213,7 +213,7 @@ class FaultySource:
         with self._lock:
             self._tried[place] += 1
             nth = self._tried[place]
-        if any(grid.extent.to_crs(box.crs).intersects(box) for box in self._broken):
+        if any(grid.extent.to_crs(crs).intersects(box) for crs, box in self._broken):
             raise PassingError(f"{self.info.name}: a fault, and not by chance")
         if random.Random(f"{self._seed} {place} {nth}").random() < self._share:
             raise PassingError(f"{self.info.name}: a fault by chance")

@@ -30,6 +30,7 @@ UNIT_PX = 64
 BROKEN = ((0, 3), (1, 0), (2, 2))
 PATCH_PX = 16
 CONCEPTS = ["birdsong", "road traffic"]
+FAULTS: tuple[int | str, ...] = (500, 503, 429, "cut", "cut", "hang")
 
 
 def at_random(
@@ -40,7 +41,7 @@ def at_random(
 
     def fault(asked: Any) -> int | str | None:
         chance = random.Random(f"{SEED} {asked.name} {asked.span} {asked.nth}")
-        return chance.choice(KINDS) if chance.random() < share else None
+        return chance.choice(FAULTS) if chance.random() < share else None
 
     return fault
 

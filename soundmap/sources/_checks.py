@@ -14,7 +14,7 @@ from rasterio.enums import Interleaving
 from rasterio.errors import RasterioError
 
 from soundmap.errors import InputError
-from soundmap.sources._gdal import open_dataset, reason
+from soundmap.sources._gdal import open_dataset, reason, settings
 
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ def _check_inner(path: Path, dataset: rasterio.DatasetReader) -> None:
 
 def _check_part(whole: Path, part: Path) -> None:
     try:
-        with open_dataset(part) as dataset:
+        with np.errstate(over="ignore"), settings(), open_dataset(part) as dataset:
             check_readable(part, dataset)
     except InputError as error:
         raise InputError(f"{whole}: refers to {error}") from error

@@ -27,7 +27,7 @@ from soundmap.sources._rescale import Rescale
 from soundmap.sources._retry import PassingError
 
 _HASHED_PIECES, _PIECE_BYTES = 16, 16 * 1024
-_LEAST_GSD_M = 1e-3
+_LEAST_GSD_M = 1e-4
 
 # Zero-padded, as Sentinel-2 names its bands: "B4" is red to Landsat 8 but infrared to Landsat 7.
 _NAMES = (("red", "b04"), ("green", "b03"), ("blue", "b02"))
@@ -109,7 +109,8 @@ class RasterFile:
             args["out_shape"] = shape
         masks = {"mask": [1], "band masks": list(self.bands)}.get(self.mask)
         try:
-            stored = _read_bands(dataset, bands, args)
+            with np.errstate(over="ignore"):
+                stored = _read_bands(dataset, bands, args)
             given = None if masks is None else dataset.read_masks(masks, **args)
         except RasterioError as error:
             raise self.failure("read", error) from error
@@ -119,7 +120,8 @@ class RasterFile:
             # As in GDAL's mask, any opacity counts: 16-bit alpha of 0 and 1 exists.
             stored, valid = stored[:-1], stored[-1] > 0
         elif self.mask == "nodata":
-            valid = _differs(stored, self.nodata)
+            with np.errstate(over="ignore"):
+                valid = _differs(stored, self.nodata)
         else:
             valid = np.ones(stored.shape[1:], np.bool_)
         if stored.dtype.kind == "f":
@@ -193,15 +195,16 @@ def inspect(path: Path, bands: tuple[int, ...] | None, within: Path | None = Non
     if path.is_file() and path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty (0 bytes); copy or download it again")
     parts = find_references(path, within)
+    check_parts(path, parts.files)
     try:
-        with alone(parts.vrt), settings(), open_dataset(path) as dataset:
-            file = _describe(path, dataset, bands, parts)
+        # rasterio tries whether a nodata value fits its type.
+        ignoring = np.errstate(over="ignore")
+        with ignoring, alone(parts.vrt), settings(), open_dataset(path) as dataset:
+            return _describe(path, dataset, bands, parts)
     except RasterioError as error:
         if parts.remote and may_pass(error, path, remote=True):
             raise PassingError(f"{path}: could not be opened ({reason(error)})") from error
         raise InputError(f"{path}: not a raster that GDAL can read ({reason(error)})") from error
-    check_parts(path, parts.files)
-    return file
 
 
 def _describe(
@@ -259,7 +262,8 @@ def _native_grid(path: Path, dataset: rasterio.DatasetReader) -> GeoBox:
             f"{path}: has no coordinate reference system; if you know it, assign it, e.g.: "
             f"rio edit-info --crs EPSG:32633 {path.name}"
         )
-    if transform.is_identity or not math.isfinite(transform.determinant or math.nan):
+    placed = all(map(math.isfinite, transform[:6])) and transform.determinant
+    if transform.is_identity or not placed or not math.isfinite(transform.determinant):
         raise InputError(
             f"{path}: does not say where its pixels lie (no geotransform); assign the corners: "
             f"gdal_edit.py -a_ullr WEST NORTH EAST SOUTH {path.name}"

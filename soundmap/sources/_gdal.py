@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.io import DatasetReader
@@ -174,7 +175,9 @@ def open_dataset(path: Path | str) -> DatasetReader:
     # Not by a context that puts filters back: they belong to the whole process, and threads that
     # open files at once would leave them changed, or have to wait for one that does not answer.
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning, module=_HERE)
-    return DatasetReader(str(path), driver=_drivers())
+    # rasterio tries whether a nodata value fits its type.
+    with np.errstate(over="ignore"):
+        return DatasetReader(str(path), driver=_drivers())
 
 
 def _drivers() -> list[str]:

@@ -197,9 +197,12 @@ def inspect(path: Path, bands: tuple[int, ...] | None, within: Path | None = Non
     parts = find_references(path, within)
     check_parts(path, parts.files)
     try:
-        # rasterio tries whether a nodata value fits its type.
-        ignoring = np.errstate(over="ignore")
-        with ignoring, alone(parts.vrt), settings(), open_dataset(path) as dataset:
+        with (
+            np.errstate(over="ignore"),
+            alone(parts.vrt),
+            settings(),
+            open_dataset(path) as dataset,
+        ):
             return _describe(path, dataset, bands, parts)
     except RasterioError as error:
         if parts.remote and may_pass(error, path, remote=True):

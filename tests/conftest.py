@@ -216,7 +216,8 @@ class FileServer:
 def file_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """A server of files on loopback that misbehaves when told to, and haste in reading from it."""
     # All of these a user may set as well.
-    monkeypatch.setenv("GDAL_HTTP_TIMEOUT", "0.3")
+    monkeypatch.setenv("GDAL_HTTP_TIMEOUT", "0.2")
+    monkeypatch.setenv("GDAL_DISABLE_READDIR_ON_OPEN", "EMPTY_DIR")
     monkeypatch.setenv("GDAL_HTTP_RETRY_DELAY", "0.01")
     monkeypatch.setenv("SOUNDMAP_READ_WAIT_S", "0.01")
     server = FileServer()

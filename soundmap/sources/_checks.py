@@ -14,7 +14,7 @@ from rasterio.enums import Interleaving
 from rasterio.errors import RasterioError
 
 from soundmap.errors import InputError
-from soundmap.sources._gdal import open_dataset, reason
+from soundmap.sources._gdal import open_dataset, reason, settings
 
 T = TypeVar("T")
 
@@ -28,8 +28,8 @@ _DIRECTORIES = 64
 """Overviews and masks in a TIFF that are looked at."""
 
 
-def check_readable(path: Path, dataset: rasterio.DatasetReader, parts: Sequence[Path] = ()) -> None:
-    """Look at where a raster's pixels are stored, and at the rasters that a VRT is made of.
+def check_readable(path: Path, dataset: rasterio.DatasetReader) -> None:
+    """Look at where a raster's pixels are stored.
 
     Raises
     ------
@@ -40,8 +40,18 @@ def check_readable(path: Path, dataset: rasterio.DatasetReader, parts: Sequence[
     _check_blocks(path, dataset)
     if dataset.driver == "GTiff":
         _check_inner(path, dataset)
+
+
+def check_parts(whole: Path, parts: Sequence[Path]) -> None:
+    """Look so at the rasters that a VRT is made of.
+
+    Raises
+    ------
+    InputError
+        As above, or one is no raster.
+    """
     for part in _spread(parts, _CHECKED_PARTS):
-        _check_part(path, part)
+        _check_part(whole, part)
 
 
 def _check_complete(path: Path, dataset: rasterio.DatasetReader) -> None:
@@ -101,7 +111,7 @@ def _check_inner(path: Path, dataset: rasterio.DatasetReader) -> None:
 
 def _check_part(whole: Path, part: Path) -> None:
     try:
-        with open_dataset(part) as dataset:
+        with np.errstate(over="ignore"), settings(), open_dataset(part) as dataset:
             check_readable(part, dataset)
     except InputError as error:
         raise InputError(f"{whole}: refers to {error}") from error

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import threading
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import rasterio
-from rasterio.errors import NotGeoreferencedWarning
+from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.io import DatasetReader
 
 NETWORK = (
@@ -75,15 +79,80 @@ def settings() -> rasterio.Env:
 
 # GDAL keeps the files of all open VRTs in one pool, a file that could not be opened, too: as long
 # as any VRT is open, who asks for that file again is told "failure" without a message, which
-# rasterio takes for success. Of 200 such reads in three threads 180 returned other pixels, or none,
-# as if nothing were wrong (GDAL 3.10, rasterio 1.4.4). The pool goes when the last VRT is closed: so
-# VRTs are read one at a time, and after a failure all of them are closed.
+# rasterio takes for success. Of 200 such reads in three threads 180 returned other pixels or none
+# as if all were well (GDAL 3.10, rasterio 1.4.4). Looking at a VRT's header can have that effect on
+# the first read. The pool goes when the last VRT is closed. So VRTs are handled one at a time, even
+# a failure that rasterio made nothing of counts, and after any failure all of them are closed.
 _vrts = threading.RLock()
+_holders: weakref.WeakSet[HoldsVrts] = weakref.WeakSet()
+
+_FAILED = re.compile(r"signalled an error: err_no=(\d+), msg=(.*)", re.DOTALL)
+_FAILED_TO_OPEN = frozenset({3, 4, *range(11, 18)})
+"""GDAL's numbers for files that could not be read or opened, and for what servers answer."""
 
 
-def vrt_lock(vrt: bool) -> AbstractContextManager[object]:
-    """Give the lock to hold while a VRT is open and not idle; nothing for other rasters."""
-    return _vrts if vrt else nullcontext()
+class HoldsVrts(Protocol):
+    """Who keeps VRTs open between reads."""
+
+    def close_vrts(self) -> None:
+        """Close them."""
+        ...
+
+
+def holds_vrts(holder: HoldsVrts) -> None:
+    """Let an object know when the VRTs that it holds must be closed."""
+    _holders.add(holder)
+
+
+@contextmanager
+def alone(vrt: bool) -> Iterator[None]:
+    """Hold the lock under which VRTs are opened, read and closed; for other rasters do nothing.
+
+    Raises
+    ------
+    RasterioIOError
+        GDAL could not open something that belongs to the VRT, and rasterio made nothing of it.
+    """
+    if not vrt:
+        yield
+        return
+    with _vrts:
+        try:
+            with _listening() as failures:
+                yield
+            if failures:
+                raise RasterioIOError(failures[0])
+        except BaseException:
+            for holder in list(_holders):
+                holder.close_vrts()
+            raise
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """Hear of failures from rasterio's log, where alone they can be heard of."""
+    failures: list[str] = []
+    me = threading.get_ident()
+    logs = [logging.getLogger(f"rasterio.{name}") for name in ("_env", "_err")]
+    levels = [(log.level, log.getEffectiveLevel()) for log in logs]
+
+    def hear(record: logging.LogRecord) -> bool:
+        found = _FAILED.search(record.getMessage()) if record.thread == me else None
+        if found and int(found[1]) in _FAILED_TO_OPEN:
+            failures.append(found[2].strip("'\""))
+        # Others hear what they would have heard.
+        return record.levelno >= shown
+
+    shown = max(effective for _, effective in levels)
+    for log in logs:
+        log.addFilter(hear)
+        log.setLevel(min(logging.INFO, log.getEffectiveLevel()))
+    try:
+        yield failures
+    finally:
+        for log, (level, _) in zip(logs, levels, strict=True):
+            log.removeFilter(hear)
+            log.setLevel(level)
 
 
 def _unlock_after_fork() -> None:
@@ -106,7 +175,9 @@ def open_dataset(path: Path | str) -> DatasetReader:
     # Not by a context that puts filters back: they belong to the whole process, and threads that
     # open files at once would leave them changed, or have to wait for one that does not answer.
     warnings.filterwarnings("ignore", category=NotGeoreferencedWarning, module=_HERE)
-    return DatasetReader(str(path), driver=_drivers())
+    # rasterio tries whether a nodata value fits its type.
+    with np.errstate(over="ignore"):
+        return DatasetReader(str(path), driver=_drivers())
 
 
 def _drivers() -> list[str]:

@@ -20,14 +20,14 @@ from rasterio.windows import Window
 
 from soundmap.errors import InputError, SourceError, UsageError
 from soundmap.grid import ground_gsd_m
-from soundmap.sources._checks import check_readable
-from soundmap.sources._gdal import may_pass, open_dataset, reason, settings, vrt_lock
+from soundmap.sources._checks import check_parts, check_readable
+from soundmap.sources._gdal import alone, may_pass, open_dataset, reason, settings
 from soundmap.sources._references import References, check_file, find_references
 from soundmap.sources._rescale import Rescale
 from soundmap.sources._retry import PassingError
 
 _HASHED_PIECES, _PIECE_BYTES = 16, 16 * 1024
-_LEAST_GSD_M = 1e-3
+_LEAST_GSD_M = 1e-4
 
 # Zero-padded, as Sentinel-2 names its bands: "B4" is red to Landsat 8 but infrared to Landsat 7.
 _NAMES = (("red", "b04"), ("green", "b03"), ("blue", "b02"))
@@ -56,8 +56,10 @@ class RasterFile:
     block_px: tuple[int, int]
     attribution: str
     licence: str
+    parts: tuple[Path, ...]
+    """Local rasters that a VRT is made of."""
     vrt: bool
-    """Whether it is a VRT, to be handled under `vrt_lock`."""
+    """Whether it is a VRT, to be handled `alone`."""
     remote: bool
     """Whether its pixels come over a network."""
 
@@ -107,7 +109,8 @@ class RasterFile:
             args["out_shape"] = shape
         masks = {"mask": [1], "band masks": list(self.bands)}.get(self.mask)
         try:
-            stored = _read_bands(dataset, bands, args)
+            with np.errstate(over="ignore"):
+                stored = _read_bands(dataset, bands, args)
             given = None if masks is None else dataset.read_masks(masks, **args)
         except RasterioError as error:
             raise self.failure("read", error) from error
@@ -117,7 +120,8 @@ class RasterFile:
             # As in GDAL's mask, any opacity counts: 16-bit alpha of 0 and 1 exists.
             stored, valid = stored[:-1], stored[-1] > 0
         elif self.mask == "nodata":
-            valid = _differs(stored, self.nodata)
+            with np.errstate(over="ignore"):
+                valid = _differs(stored, self.nodata)
         else:
             valid = np.ones(stored.shape[1:], np.bool_)
         if stored.dtype.kind == "f":
@@ -135,6 +139,13 @@ class RasterFile:
             text += "; if it is cut short or damaged, copy or download it again"
         return SourceError(text)
 
+    def _files(self) -> list[Path]:
+        try:
+            with settings(), open_dataset(self.path) as dataset:
+                return sorted(map(Path, dataset.files))
+        except RasterioError as error:
+            raise self.failure("opened again", error) from error
+
     def digest(self) -> str:
         """Digest of the sizes of the raster's local files and of pieces spread over them.
 
@@ -143,11 +154,8 @@ class RasterFile:
         SourceError
             It could not be opened.
         """
-        try:
-            with vrt_lock(self.vrt), settings(), open_dataset(self.path) as dataset:
-                files = sorted(Path(f) for f in dataset.files)
-        except RasterioError as error:
-            raise self.failure("opened again", error) from error
+        # To list a VRT's files GDAL would ask for those on the network.
+        files = sorted({self.path, *self.parts}) if self.vrt else self._files()
         summary = hashlib.sha256()
         for file in files:
             if not file.is_file():
@@ -187,8 +195,14 @@ def inspect(path: Path, bands: tuple[int, ...] | None, within: Path | None = Non
     if path.is_file() and path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty (0 bytes); copy or download it again")
     parts = find_references(path, within)
+    check_parts(path, parts.files)
     try:
-        with vrt_lock(parts.vrt), settings(), open_dataset(path) as dataset:
+        with (
+            np.errstate(over="ignore"),
+            alone(parts.vrt),
+            settings(),
+            open_dataset(path) as dataset,
+        ):
             return _describe(path, dataset, bands, parts)
     except RasterioError as error:
         if parts.remote and may_pass(error, path, remote=True):
@@ -216,7 +230,7 @@ def _describe(
     dtypes = {dataset.dtypes[b - 1] for b in bands}
     if any(d.startswith("complex") for d in dtypes):
         raise InputError(f"{path}: holds complex numbers, which are not imagery")
-    check_readable(path, dataset, parts.files)
+    check_readable(path, dataset)
     tags = {key.lower(): value.strip() for key, value in dataset.tags().items()}
     return RasterFile(
         path=path,
@@ -228,10 +242,12 @@ def _describe(
         alpha=alpha,
         nodata=tuple(dataset.nodatavals[b - 1] for b in bands),
         palette=_palette(dataset, bands),
-        overviews=tuple(dataset.overviews(bands[0])),
+        # A VRT's are those of the file within, which would be asked for.
+        overviews=() if parts.remote else tuple(dataset.overviews(bands[0])),
         block_px=dataset.block_shapes[bands[0] - 1],
         attribution=tags.get("attribution") or tags.get("tifftag_copyright", ""),
         licence=tags.get("licence") or tags.get("license", ""),
+        parts=parts.files,
         vrt=parts.vrt,
         remote=parts.remote,
     )
@@ -249,7 +265,8 @@ def _native_grid(path: Path, dataset: rasterio.DatasetReader) -> GeoBox:
             f"{path}: has no coordinate reference system; if you know it, assign it, e.g.: "
             f"rio edit-info --crs EPSG:32633 {path.name}"
         )
-    if transform.is_identity or not math.isfinite(transform.determinant or math.nan):
+    placed = all(map(math.isfinite, transform[:6])) and transform.determinant
+    if transform.is_identity or not placed or not math.isfinite(transform.determinant):
         raise InputError(
             f"{path}: does not say where its pixels lie (no geotransform); assign the corners: "
             f"gdal_edit.py -a_ullr WEST NORTH EAST SOUTH {path.name}"

@@ -90,7 +90,7 @@ def find_references(path: Path, within: Path | None = None) -> References:
         one line that names both.
     """
     found = _Found(path, within)
-    found.look_into(path, 0)
+    found.look_into(path, ())
     return References(tuple(sorted(found.files)), found.vrt, found.remote)
 
 
@@ -102,7 +102,8 @@ class _Found:
     vrt: bool = False
     remote: bool = False
 
-    def look_into(self, path: Path, depth: int) -> None:
+    def look_into(self, path: Path, above: tuple[Path, ...]) -> None:
+        """Follow a file that the VRTs ``above`` lead to."""
         head = _head(path)
         if _SERVICE.search(head):
             where = "" if path == self.asked else f"refers to {path}, which "
@@ -113,9 +114,10 @@ class _Found:
         if b"<VRTDataset" not in head:
             return
         self.vrt = True
-        if depth > _DEEPEST:
+        above = (*above, path.resolve())
+        if len(above) > _DEEPEST:
             raise InputError(f"{self.asked}: holds VRTs within VRTs, more than {_DEEPEST} deep")
-        new = self._local(path)
+        new = self._local(path, above)
         self.files |= new
         ordered = sorted(new)
         if len(ordered) > _LOOKED_INTO:
@@ -123,9 +125,9 @@ class _Found:
             ordered = [ordered[i] for i in at]
         for file in ordered:
             if file.is_file():
-                self.look_into(file, depth + 1)
+                self.look_into(file, above)
 
-    def _local(self, vrt: Path) -> set[Path]:
+    def _local(self, vrt: Path, above: tuple[Path, ...]) -> set[Path]:
         """Local files that a VRT names and that were not known yet."""
         new = set()
         for name, relative, raw in _names(vrt):
@@ -133,6 +135,9 @@ class _Found:
             if file is None or file in self.files or file in new:
                 continue
             self._check(file, name)
+            # GDAL never lets go of a VRT that is part of itself.
+            if file.resolve() in above:
+                self._refuse(name, "which it is itself a part of")
             if not raw:
                 new.add(file)
             elif not _lies_in(file, vrt.parent):

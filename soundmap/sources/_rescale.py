@@ -42,8 +42,11 @@ class Rescale:
             return self._stretch(values.astype(real))
 
     def _stretch(self, values: NDArray[np.floating]) -> NDArray[np.uint8]:
+        span = self.high - self.low
+        # From end to end of their type numbers are further apart than it can tell.
+        per_unit = 255 / span if math.isfinite(span) else 1 / (self.high / 255 - self.low / 255)
         values -= np.asarray(self.low, values.dtype)
-        values *= np.asarray(255 / (self.high - self.low), values.dtype)
+        values *= np.asarray(per_unit, values.dtype)
         return to_uint8(values)
 
 
@@ -63,8 +66,9 @@ def from_sample(values: NDArray[Any]) -> Rescale:
     if not values.size:
         return Rescale(0.0, 1.0, "no valid pixels")
     how = "percentiles {:g}-{:g}".format(*PERCENTILES)
-    low, high = _short(np.percentile(values, PERCENTILES))
-    if low >= high:
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = _short(np.percentile(values, PERCENTILES))
+    if low >= high or not (math.isfinite(low) and math.isfinite(high)):
         # Nearly everything is one value (a masked sea): the rest is what there is to see.
         how = "minimum and maximum"
         low, high = _short([values.min(), values.max()])

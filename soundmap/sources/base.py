@@ -55,8 +55,10 @@ class SourceInfo:
 class Source(Protocol):
     """Imagery that can fill any grid.
 
-    Three promises. Constructing one opens no pixel data (headers only). ``read`` may be called
-    from several threads at once. The object pickles, and the copy reads the same pixels.
+    Four promises. Constructing one opens no pixel data (headers only). ``read`` may be called
+    from several threads at once. The object pickles, and the copy reads the same pixels. What may
+    pass (a network, a server) is tried again within ``read``, with growing waits and for a bounded
+    time: whoever calls it never tries again.
     """
 
     @property
@@ -75,6 +77,6 @@ class Source(Protocol):
         Raises
         ------
         SourceError
-            The pixels could not be read.
+            The pixels could not be read, tried as often as was of use; one line.
         """
         ...

@@ -1,10 +1,14 @@
-"""A source made of an array, for tests: counts its reads and fails when told to."""
+"""Sources for tests: one made of an array, and one that spoils another's reads."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import random
 import threading
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +16,10 @@ from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
 from soundmap.errors import SourceError
-from soundmap.grid import ground_gsd_m
+from soundmap.grid import crs_of, ground_gsd_m
 from soundmap.sources._resample import Canvas, fill
-from soundmap.sources.base import Image, Resampling, SourceInfo
+from soundmap.sources._retry import PassingError, Patience, read_patiently
+from soundmap.sources.base import Image, Resampling, Source, SourceInfo
 
 
 class FakeSource:
@@ -116,3 +121,106 @@ class FakeSource:
         self, row0: int, row1: int, col0: int, col1: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         return self._pixels[:, row0:row1, col0:col1], self._valid[row0:row1, col0:col1]
+
+
+class FaultySource:
+    """Another source, of whose reads some fail: by chance, or for ever in some places.
+
+    As a source on a network does, it tries again itself what may pass. Whether a try fails by
+    chance is decided by the seed, the grid and how often this process tried it, so that a run
+    meets the same faults whatever the order of its units and the number of its workers.
+
+    Parameters
+    ----------
+    source
+        Where pixels come from.
+    share
+        Share of tries that fail by chance, 0 to 1.
+    broken
+        Places, in the CRS of the source's grid: reads that touch one never go well.
+    seed
+        Of the chances.
+    patience
+        How often reads are tried; by default five times, without waiting.
+    log
+        A file that gets a line for every read that was asked for: the process, "read" or "failed",
+        and the grid's bounds. Whole lines, whichever processes write them.
+
+    Examples
+    --------
+    >>> grid = GeoBox((4, 4), Affine(10, 0, 500000, 0, -10, 5000000), "EPSG:32633")
+    >>> whole = FakeSource(np.full((4, 4), 7, np.uint8), grid)
+    >>> FaultySource(whole, share=0.3).read(grid).pixels.max()
+    np.uint8(7)
+    >>> FaultySource(whole, broken=[grid[:1, :1]]).read(grid)
+    Traceback (most recent call last):
+        ...
+    soundmap.errors.SourceError: fake: a fault, and not by chance (tried 5 times)
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        share: float = 0.0,
+        broken: Sequence[GeoBox] = (),
+        seed: int = 0,
+        patience: Patience | None = None,
+        log: Path | None = None,
+    ) -> None:
+        self._source = source
+        self._share = share
+        self._broken = tuple((crs_of(place), place.extent) for place in broken)
+        self._seed = seed
+        self._patience = patience or Patience(first_wait_s=0)
+        self._log = log
+        self._start()
+
+    def _start(self) -> None:
+        self._tried: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_tried", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    @property
+    def info(self) -> SourceInfo:
+        """Those of the source within."""
+        return self._source.info
+
+    def read(self, grid: GeoBox, resampling: Resampling = "area") -> Image:
+        """Fill ``grid`` with pixels, or fail.
+
+        Raises
+        ------
+        SourceError
+            Each try failed.
+        """
+        place = ",".join(f"{edge:.3f}" for edge in grid.extent.boundingbox)
+        try:
+            image = read_patiently(lambda: self._try(grid, place, resampling), self._patience)
+        except SourceError:
+            self._note("failed", place)
+            raise
+        self._note("read", place)
+        return image
+
+    def _try(self, grid: GeoBox, place: str, resampling: Resampling) -> Image:
+        with self._lock:
+            self._tried[place] += 1
+            nth = self._tried[place]
+        if any(grid.extent.to_crs(crs).intersects(box) for crs, box in self._broken):
+            raise PassingError(f"{self.info.name}: a fault, and not by chance")
+        if random.Random(f"{self._seed} {place} {nth}").random() < self._share:
+            raise PassingError(f"{self.info.name}: a fault by chance")
+        return self._source.read(grid, resampling)
+
+    def _note(self, outcome: str, place: str) -> None:
+        if self._log is not None:
+            with self._log.open("ab", buffering=0) as file:
+                # One write to a file that is appended to is not mixed with those of others.
+                file.write(f"{os.getpid()} {outcome} {place}\n".encode())

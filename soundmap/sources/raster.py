@@ -6,9 +6,8 @@ import hashlib
 import math
 import os
 import threading
-import weakref
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from rasterio.windows import Window
 
 from soundmap.errors import SourceError, UsageError
 from soundmap.grid import ground_gsd_m
-from soundmap.sources._gdal import open_dataset, reason, settings, vrt_lock
+from soundmap.sources._gdal import alone, holds_vrts, open_dataset, reason, settings
 from soundmap.sources._mosaic import Mosaic, union
 from soundmap.sources._rasterfile import RasterFile, inspect
 from soundmap.sources._resample import Canvas, fill
@@ -286,32 +285,37 @@ class _Handles:
         self._lock = threading.Lock()
         self._idle: deque[tuple[Path, rasterio.DatasetReader]] = deque()
         self._pid = os.getpid()
-        _ALL.add(self)
+        holds_vrts(self)
 
     @contextmanager
     def borrow(self, file: RasterFile) -> Iterator[rasterio.DatasetReader]:
-        with vrt_lock(file.vrt):
-            dataset = None
-            try:
+        try:
+            with alone(file.vrt):
                 dataset = self._take(file)
-                yield dataset
-            except BaseException:
-                # A handle that failed may hold half-read state: the next try gets a new one.
-                if dataset is not None:
+                try:
+                    yield dataset
+                except BaseException:
+                    # A handle that failed may hold half-read state: the next try gets a new one.
                     dataset.close()
-                if file.vrt:
-                    _close_vrts()
-                raise
-            self._give(file.path, dataset)
+                    raise
+                self._give(file.path, dataset)
+        except RasterioError as error:
+            raise file.failure("read", error) from error
 
-    def close(self, only_vrts: bool = False) -> None:
+    def close(self) -> None:
+        self._close(lambda dataset: True)
+
+    def close_vrts(self) -> None:
+        self._close(lambda dataset: bool(dataset.driver == "VRT"))
+
+    def _close(self, chosen: Callable[[rasterio.DatasetReader], bool]) -> None:
         with self._lock:
             held, self._idle = self._idle, deque()
-            going = [d for _, d in held if not only_vrts or d.driver == "VRT"]
-            self._idle.extend(i for i in held if i[1] not in going)
-        with vrt_lock(any(dataset.driver == "VRT" for dataset in going)):
-            for dataset in going:
-                dataset.close()
+            self._idle.extend((path, dataset) for path, dataset in held if not chosen(dataset))
+        for _, dataset in held:
+            if chosen(dataset):
+                with alone(dataset.driver == "VRT"):
+                    dataset.close()
 
     def _take(self, file: RasterFile) -> rasterio.DatasetReader:
         with self._lock:
@@ -337,19 +341,11 @@ class _Handles:
             if len(self._idle) > _OPEN_FILES:
                 spare = self._idle.popleft()[1]
         if spare is not None:
-            with vrt_lock(spare.driver == "VRT"):
+            with alone(spare.driver == "VRT"):
                 spare.close()
 
 
 _ABANDONED: list[object] = []
-
-_ALL: weakref.WeakSet[_Handles] = weakref.WeakSet()
-
-
-def _close_vrts() -> None:
-    """Close every VRT of this process that is not being read; call under the lock, so none is."""
-    for handles in list(_ALL):
-        handles.close(only_vrts=True)
 
 
 def _spread(file: RasterFile, n: int) -> list[Window]:

@@ -18,6 +18,7 @@ from affine import Affine
 from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 
+from soundmap.errors import SourceError
 from soundmap.grid import cell_lonlat, local_metric_crs
 from soundmap.sources.base import Image, Resampling, Source
 
@@ -44,6 +45,23 @@ class SourceContract:
         None, the default, leaves out the test that constructing reads no pixels.
         """
         return None
+
+    def fail_next(self, source: Source, times: int | None) -> bool:
+        """Arrange that the source's next tries to get pixels fail for a reason that may pass.
+
+        Parameters
+        ----------
+        source
+            One from ``make_source``.
+        times
+            How many tries fail before it goes well; None: all.
+
+        Returns
+        -------
+        bool
+            False, the default, leaves out the tests of trying again.
+        """
+        return False
 
     def grid_within(self, source: Source) -> GeoBox:
         """Return a small grid over the imagery; by default the middle of its native grid."""
@@ -114,6 +132,25 @@ class SourceContract:
         image = source.read(grid, resampling)
         _check(image, grid)
         assert not image.valid.any()
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_what_passes_is_tried_again(self, source: Source, times: int) -> None:
+        """A read that fails for the moment ends in the same pixels."""
+        grid = self.grid_within(source)
+        if not self.fail_next(source, times):
+            pytest.skip("the subclass makes nothing fail")
+        _same(source.read(grid), self.make_source().read(grid))
+
+    def test_what_does_not_pass_is_told_in_one_line(self, source: Source) -> None:
+        """After a bounded number of tries a read fails, and the next one may go well."""
+        grid = self.grid_within(source)
+        if not self.fail_next(source, None):
+            pytest.skip("the subclass makes nothing fail")
+        with pytest.raises(SourceError, match=r"tried \d+ times") as caught:
+            source.read(grid)
+        assert "\n" not in str(caught.value)
+        self.fail_next(source, 0)
+        _same(source.read(grid), self.make_source().read(grid))
 
     @in_both_ways
     def test_same_again(self, source: Source, resampling: Resampling) -> None:

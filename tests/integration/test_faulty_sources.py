@@ -30,15 +30,18 @@ UNIT_PX = 64
 BROKEN = ((0, 3), (1, 0), (2, 2))
 PATCH_PX = 16
 CONCEPTS = ["birdsong", "road traffic"]
+FAULTS: tuple[int | str, ...] = (500, 503, 429, "cut", "cut", "hang")
 
 
-def at_random(share: float, kinds: tuple[int | str, ...] = (500, 503, 429, "hang", "cut")) -> Any:
+def at_random(
+    share: float, kinds: tuple[int | str, ...] = (500, 503, 429, "cut", "cut", "hang")
+) -> Any:
     """Let a share of all requests fail; one asked again fails anew by chance."""
     print(f"SOUNDMAP_TEST_SEED={SEED}")
 
     def fault(asked: Any) -> int | str | None:
         chance = random.Random(f"{SEED} {asked.name} {asked.span} {asked.nth}")
-        return chance.choice(kinds) if chance.random() < share else None
+        return chance.choice(FAULTS) if chance.random() < share else None
 
     return fault
 
@@ -97,8 +100,14 @@ def test_pixels_are_the_local_files_whatever_the_network_does(
 
 
 def test_a_run_through_faults(
-    command: Command, town: Path, imagery: Path, tmp_path: Path, file_server: Any
+    command: Command,
+    town: Path,
+    imagery: Path,
+    tmp_path: Path,
+    file_server: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("SOUNDMAP_READ_TRIES", "6")
     out = tmp_path / "map.tif"
     broken = {f"patch{i}.tif" for i in range(len(BROKEN))}
     by_chance = at_random(0.3)

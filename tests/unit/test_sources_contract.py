@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from odc.geo.geobox import GeoBox
 
 from soundmap.errors import SourceError
 from soundmap.sources import Source, _rasterfile
-from soundmap.sources.fake import FakeSource
+from soundmap.sources.fake import FakeSource, FaultySource
 from soundmap.sources.raster import RasterSource
 from soundmap.testing.source_contract import SourceContract
 
@@ -133,6 +135,46 @@ class TestMosaicOfUnlikeRasters(OfRasters):
         mean = fine.pixels.reshape(3, rows, 4, cols, 4).mean(axis=(2, 4))
         whole = fine.valid.reshape(rows, 4, cols, 4).all(axis=(1, 3))
         assert np.abs(coarse.pixels - mean)[:, whole & coarse.valid].mean() < 6
+
+
+class TestVrtOverNetwork(OfRasters):
+    """A server fails what it is asked for; what was read from other sources stays known to GDAL."""
+
+    @pytest.fixture(autouse=True)
+    def _server(
+        self,
+        file_server: Any,
+        write_vrt: Callable[..., str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self.server = file_server
+        (served,) = self.paths
+        file_server.files["a.tif"] = served.read_bytes()
+        vrt = tmp_path / "a.vrt"
+        vrt.write_text(
+            write_vrt([(f"/vsicurl/{file_server.url}/a.tif", (0, 0), (150, 170))], (150, 170))
+        )
+        self.paths = [vrt]
+        # Of requests that GDAL asks again by itself a source sees nothing.
+        monkeypatch.setenv("GDAL_HTTP_MAX_RETRY", "0")
+
+    def make(self, write: Write) -> list[Path]:
+        pixels, _ = scene(150, 170)
+        return [write("a.tif", pixels, tiled=True, blockxsize=64, blockysize=64)]
+
+    def fail_next(self, source: Source, times: int | None) -> bool:
+        left = itertools.count(times or 0, -1)
+        failing = times is None
+        self.server.fault = lambda asked: 503 if failing or next(left) > 0 else None
+        return True
+
+
+class TestFaulty(SourceContract):
+    def make_source(self) -> Source:
+        pixels, valid = scene(100, 120)
+        grid = GeoBox(valid.shape, Affine(10, 0, 500000, 0, -10, 5500000), UTM)
+        return FaultySource(FakeSource(pixels, grid, valid), share=0.3)
 
 
 class TestFake(SourceContract):

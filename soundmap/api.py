@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,42 +11,24 @@ import numpy as np
 import odc.geo.xr  # noqa: F401  (gives arrays their .odc)
 from numpy.typing import NDArray
 
-from soundmap import __version__
-from soundmap.concepts import choose_concepts
 from soundmap.encoder import (
     DEFAULT_MODEL,
-    Encoder,
-    ModelCard,
-    find_model,
-    load_encoder,
 )
-from soundmap.encoder.base import check_conditions
 from soundmap.errors import InputError, RunFailed, SoundmapError, UsageError
-from soundmap.estimate import Estimate, estimate, with_time
-from soundmap.layout import Layout, choose_layout
-from soundmap.pipeline import Job
-from soundmap.plan import Plan, make_plan
-from soundmap.region import Region, region_from_bbox, region_from_file, region_of_globe
+from soundmap.estimate import Estimate
+from soundmap.plan import Plan
+from soundmap.prepare import Prepared, cost_of, prepare, work_of
 from soundmap.request import (
-    DETAILS,
-    DTYPES,
     Listener,
     Request,
     list_failures,
-    record,
     recorded,
 )
 from soundmap.runner import Cluster, UnitReport, connect, run_here, run_on_cluster
-from soundmap.scoring import FORMULAS, ConceptBank, choose_value
-from soundmap.sources import open_source
-from soundmap.sources.base import Source
 from soundmap.stores.opening import open_map
 from soundmap.stores.place import absolute, located
-from soundmap.stores.schema import MapSchema
 from soundmap.stores.target import check_target
 from soundmap.stores.work import (
-    SETTINGS,
-    Work,
     begin,
     check_room,
     complete,
@@ -61,29 +41,7 @@ from soundmap.stores.zarr_store import Status, ZarrStore
 if TYPE_CHECKING:
     import xarray as xr
 
-# The region that is no file; a file of that name is ./globe.
-_GLOBE = "globe"
-
 __all__ = ["Listener", "Request", "open_map", "predict", "recorded", "resume", "run"]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """A request, checked and opened."""
-
-    value: str
-    source: Source
-    card: ModelCard
-    encoder: Encoder
-    bank: ConceptBank
-    layout: Layout
-    job: Job = field(repr=False)
-    """What to compute; its store is not made yet."""
-
-    @property
-    def plan(self) -> Plan:
-        """The job's plan."""
-        return self.job.plan
 
 
 def predict(
@@ -290,19 +248,19 @@ def run(request: Request, listener: Listener | None = None, *, going_on: bool = 
     if kind == "geotiff" and request.shards:
         raise UsageError("--shards is for a map in Zarr: name it .zarr, or leave --shards out")
     with connect(request.workers, request.scheduler) as cluster:
-        parts = _prepare(request)
+        parts = prepare(request)
         if request.value is None and parts.value != "probability":
             listener.noted(
                 f"{parts.card.name} has no calibration for these sounds, so no probability: "
                 f"mapping {parts.value} (--value chooses)"
             )
         request = replace(request, value=parts.value)
-        cost = _cost(parts, request)
+        cost = cost_of(parts, request)
         listener.estimated(cost, parts.layout)
         if request.dry_run:
             check_room(request.out, cost.bytes_out)
             return request
-        work = _work(request, parts)
+        work = work_of(request, parts)
         with begin(request.out, work, request.overwrite and not going_on) as store:
             try:
                 left = len(_left(store, parts.plan)) / len(parts.plan.units)
@@ -317,18 +275,6 @@ def run(request: Request, listener: Listener | None = None, *, going_on: bool = 
     return request
 
 
-def _work(request: Request, parts: _Parts) -> Work:
-    plan = parts.plan
-    rows, cols = (-(-n // plan.unit_cells) for n in plan.grid.shape)
-    asked = record(request, _model_reference(request.model, parts.card))
-    return Work(
-        schema=_schema(request, parts),
-        units_shape=(rows, cols),
-        shards=request.shards,
-        job={"units": len(plan.units), "request": asked},
-    )
-
-
 def _nothing_done(store: ZarrStore) -> bool:
     try:
         return not (store.status() == Status.DONE).any()
@@ -339,7 +285,7 @@ def _nothing_done(store: ZarrStore) -> bool:
 
 def _compute(
     request: Request,
-    parts: _Parts,
+    parts: Prepared,
     store: ZarrStore,
     listener: Listener,
     cluster: Cluster | None,
@@ -382,124 +328,3 @@ def _left(store: ZarrStore, plan: Plan) -> NDArray[np.int64]:
     rows, cols = plan.units.indices.T
     settled = np.isin(store.status()[rows, cols], (Status.DONE, Status.EMPTY))
     return np.flatnonzero(~settled)
-
-
-def _prepare(request: Request) -> _Parts:
-    if request.detail not in DETAILS:
-        raise UsageError(f"--detail {request.detail!r} is neither patch nor image")
-    if request.dtype not in DTYPES:
-        raise UsageError(f"--dtype {request.dtype!r} is neither float32 nor uint8")
-    if request.imagery is None:
-        raise UsageError("no imagery: name a raster with --imagery FILE, or try --imagery sample")
-    region = _region(request)
-    card = find_model(request.model)
-    source = open_source(request.imagery, request.bands, request.rescale)
-    layout = choose_layout(
-        source.info,
-        card.spec,
-        region,
-        detail=request.detail,
-        crs=request.crs,
-        resolution_m=request.resolution,
-        gsd_m=request.gsd,
-        scale=request.scale,
-    )
-    given, name = request.conditions, f"the model {card.name}"
-    check_conditions(card.spec, name, 0, None, given.month, given.hour, given.scale)
-    encoder = load_encoder(request.model, precision=request.precision)
-    bank = choose_concepts(
-        encoder, card, request.detail, request.concepts, request.text, request.audio
-    )
-    value = choose_value(bank, request.value)
-    reading = layout.reading
-    own = {} if request.precision == "auto" else {"precision": request.precision}
-    facts = {
-        "model": f"{card.name} {card.hash[:16]}",
-        "concepts": bank.digest(),
-        "value": value,
-        "detail": request.detail,
-        "dtype": request.dtype,
-        "gsd": f"{reading.gsd_m!r} told {reading.told_m!r}",
-        "windows": repr(layout.lattice and (layout.lattice.cell, layout.lattice.anchor)),
-    } | {f"imagery {key}": text for key, text in source.info.facts.items()}
-    if request.shards:
-        own["shards"] = "yes"
-    facts |= given.facts() | own
-    mask = None if request.mask is None else region_from_file(request.mask)
-    plan = make_plan(layout.region, layout.grid, layout.unit_cells, facts, mask)
-    if not len(plan.units):
-        off = f"the mask {mask.label}" if mask else "the imagery"
-        raise InputError(f"the region ({layout.region.label}) lies off {off}")
-    job = Job(
-        plan=plan,
-        source=source,
-        model=_model_reference(request.model, card),
-        bank=bank,
-        value=value,
-        detail=request.detail,
-        lattice=layout.lattice,
-        gsd_m=reading.gsd_m,
-        told_gsd_m=reading.told_m,
-        store="",
-        conditions=given,
-        precision=request.precision,
-    )
-    return _Parts(value, source, card, encoder, bank, layout, job)
-
-
-def _model_reference(model: str, card: ModelCard) -> str:
-    """Name a model so that a worker in another folder, or on another machine, finds it."""
-    return model if model == card.name else str(card.folder.resolve())
-
-
-def _region(request: Request) -> Region | None:
-    if request.bbox is not None and request.region is not None:
-        raise UsageError("--bbox and --region both say where to map: give one of them")
-    if request.where is not None and request.region in (None, _GLOBE):
-        raise UsageError("--where chooses features of a --region FILE: name the file as well")
-    if request.bbox is not None:
-        return region_from_bbox(*request.bbox)
-    if request.region == _GLOBE:
-        return region_of_globe()
-    return None if request.region is None else region_from_file(request.region, request.where)
-
-
-def _cost(parts: _Parts, request: Request) -> Estimate:
-    cost = estimate(parts.job, parts.encoder, request.dtype)
-    # How fast other machines are shows once they have done something.
-    return cost if request.scheduler else with_time(cost, parts.job, parts.encoder)
-
-
-def _schema(request: Request, parts: _Parts) -> MapSchema:
-    info, bank, layout = parts.source.info, parts.bank, parts.layout
-    extra = {SETTINGS: json.dumps(dict(parts.plan.facts), sort_keys=True)}
-    extra |= request.conditions.facts()
-    if "rescale" in info.facts:
-        extra["rescale"] = info.facts["rescale"]
-    if layout.reading.warning:
-        extra["warning"] = layout.reading.warning
-    formula = FORMULAS[parts.value]
-    if parts.value == "share":
-        formula += f"; scale {bank.share_scale:.4g}"
-    return MapSchema(
-        concepts=bank.names,
-        groups=bank.groups,
-        colours=bank.colours,
-        calibrations=bank.calibration,
-        value=parts.value,  # type: ignore[arg-type]
-        formula=formula,
-        detail=request.detail,  # type: ignore[arg-type]
-        dtype=request.dtype,  # type: ignore[arg-type]
-        grid=layout.grid,
-        chunk_cells=layout.unit_cells,
-        model=parts.card.name,
-        model_hash=parts.card.hash,
-        imagery=info.name,
-        attribution=info.attribution,
-        licence=info.licence,
-        gsd_m=layout.reading.gsd_m,
-        software=f"soundmap {__version__}",
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        extra=extra,
-        fingerprint=parts.plan.fingerprint,
-    )

@@ -154,7 +154,7 @@ def test_an_impossible_output_is_told_before_the_work(
     out: str,
     about: str,
 ) -> None:
-    monkeypatch.setattr("soundmap.api._prepare", lambda request: pytest.fail("work was begun"))
+    monkeypatch.setattr("soundmap.api.prepare", lambda request: pytest.fail("work was begun"))
     before = sorted(inputs.rglob("*"))
     folder, _, name = out.partition("/")
     target: object = out if "://" in out else inputs / out

@@ -326,7 +326,7 @@ def test_refusals_come_before_the_work(
 
     words = ("predict", "--imagery", town, "--concepts", CONCEPTS, "--out")
     with monkeypatch.context() as patch:
-        patch.setattr("soundmap.api._prepare", work)
+        patch.setattr("soundmap.api.prepare", work)
         for user, said in (
             ("nobody", "Unable to locate credentials"),
             ("stranger", "does not exist in our records"),

@@ -47,7 +47,7 @@ def encoders() -> Iterator[Callable[..., Encoder]]:
 
 @pytest.fixture(autouse=True)
 def _keep_encoders(monkeypatch: pytest.MonkeyPatch, encoders: Callable[..., Encoder]) -> None:
-    monkeypatch.setattr("soundmap.api.load_encoder", encoders)
+    monkeypatch.setattr("soundmap.prepare.load_encoder", encoders)
 
 
 @pytest.fixture(scope="module")

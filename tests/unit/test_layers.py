@@ -42,6 +42,7 @@ LAYERS = {
             "estimate",
             "runner",
             "request",
+            "prepare",
             "api",
             "products",
             "train",

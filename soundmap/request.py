@@ -17,8 +17,8 @@ from soundmap.stores.ledger import read_job
 from soundmap.stores.place import located
 from soundmap.stores.work import is_unfinished, target_of, work_path
 
-# Where a run computes and where its store is are not of the job: both may change on the way.
-_NOT_RECORDED = ("out", "dry_run", "workers", "scheduler")
+# Where and whether a run computes, and where its store is, are not of the job: they may change.
+_NOT_RECORDED = ("out", "workers", "scheduler", "dry_run")
 # Fields that may name files.
 _FILES = ("imagery", "region", "mask", "concepts", "audio")
 # Words that they may hold instead, whatever files have the same name.

@@ -45,20 +45,25 @@ def partials(block: NDArray[np.float32]) -> NDArray[np.float64]:
     return result
 
 
-def merged(parts: NDArray[np.float64]) -> tuple[Statistics, ...]:
-    """Merge summaries of chunks, float64[rows, columns, 5, C], into one per concept."""
+def combined(parts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Merge summaries of chunks, float64[..., 5, C], into one of the same kind, float64[5, C]."""
     flat = parts.reshape(-1, *parts.shape[-2:])
     count, mean, squares, low, high = (flat[:, index] for index in range(len(PARTIALS)))
     total = count.sum(axis=0)
     seen = count > 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        overall = (count * mean).sum(axis=0) / total
-        spread = (squares + count * (mean - overall) ** 2).sum(axis=0) / total
+        overall = np.where(total > 0, (count * mean).sum(axis=0) / total, 0.0)
+    spread = (squares + count * (mean - overall) ** 2).sum(axis=0)
     lowest = np.where(seen, low, np.inf).min(axis=0)
     highest = np.where(seen, high, -np.inf).max(axis=0)
+    return np.stack([total, overall, spread, lowest, highest])
+
+
+def merged(parts: NDArray[np.float64]) -> tuple[Statistics, ...]:
+    """Merge summaries of chunks, float64[..., 5, C], into statistics of each concept."""
     return tuple(
-        Statistics(float(a), float(b), float(c), math.sqrt(d), int(n))
-        if n
+        Statistics(float(low), float(high), float(mean), math.sqrt(squares / count), int(count))
+        if count
         else Statistics(math.nan, math.nan, math.nan, math.nan, 0)
-        for a, b, c, d, n in zip(lowest, highest, overall, spread, total, strict=True)
+        for count, mean, squares, low, high in combined(parts).T
     )

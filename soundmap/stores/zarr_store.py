@@ -23,7 +23,7 @@ from soundmap.stores import place
 from soundmap.stores.ledger import MARKER, PRIVATE, Ledger, write_job
 from soundmap.stores.place import Location, child
 from soundmap.stores.schema import MapSchema
-from soundmap.stores.statistics import Statistics, merged, partials
+from soundmap.stores.statistics import Statistics, combined, merged, partials
 from soundmap.stores.template import Format, consolidate, write_template
 
 ROOT_FILES = (".zgroup", ".zattrs", ".zmetadata", "zarr.json")
@@ -189,7 +189,10 @@ class ZarrStore:
             place.sweep(self.path)
             if not self.settled():
                 group = self._group("r+")
-                results = merged(np.asarray(self._array("partials")[...]))
+                # A row at a time: those of a country are hundreds of megabytes together.
+                sums = self._array("partials")
+                rows = [combined(np.asarray(sums[row])) for row in range(sums.shape[0])]
+                results = merged(np.stack(rows))
                 group.attrs.update(_statistics_attrs(results))
             consolidate(place.zarr_location(self.path, read_only=False), self.zarr_format)
             if not keep_status:

@@ -20,6 +20,7 @@ from soundmap.encoder import Encoder, load_encoder
 from soundmap.errors import RunFailed, SoundmapError, SourceError, UsageError
 from soundmap.pipeline import Job, encode_unit, read_unit, score_unit
 from soundmap.plan import Unit
+from soundmap.sources import stop_waiting
 from soundmap.stores.zarr_store import Status, ZarrStore, open_store
 
 if TYPE_CHECKING:
@@ -79,7 +80,12 @@ def run_here(job: Job, units: Sequence[Unit], encoder: Encoder, on_report: OnRep
     """
     store = open_store(job.store, "r+")
     waiting = iter(units)
-    with _single_blas(), ThreadPoolExecutor(_UNITS_AT_ONCE, "unit") as pool:
+    # In this order: what waits to try a read again is stopped before the pool waits for it.
+    with (
+        _single_blas(),
+        ThreadPoolExecutor(_UNITS_AT_ONCE, "unit") as pool,
+        _nothing_waits_when_stopped(),
+    ):
 
         def submit(count: int) -> set[Future[UnitReport]]:
             return {
@@ -101,6 +107,15 @@ def run_here(job: Job, units: Sequence[Unit], encoder: Encoder, on_report: OnRep
                 if fault is not None:
                     raise fault
             running |= submit(len(done))
+
+
+@contextlib.contextmanager
+def _nothing_waits_when_stopped() -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        stop_waiting()
+        raise
 
 
 def _run_unit(job: Job, unit: Unit, encoder: Encoder, store: ZarrStore) -> UnitReport:

@@ -14,6 +14,7 @@ from soundmap.encoder import Encoder
 from soundmap.pipeline import Job, read_unit
 from soundmap.plan import Unit
 from soundmap.runner.unit import Gate, OnReport, UnitReport, run_unit
+from soundmap.sources import stop_waiting
 from soundmap.stores.zarr_store import open_store
 
 # One to encode while another is read or stored.
@@ -71,6 +72,10 @@ def run_here(job: Job, units: Sequence[Unit], encoder: Encoder, on_report: OnRep
                     if fault is not None:
                         raise fault
                 running |= submit(len(done))
+        except BaseException:
+            # The pool is waited for: what waits to try a read again must not be.
+            stop_waiting()
+            raise
         finally:
             # Interrupted: what is under way ends at its next step, and writes nothing more.
             gate.stop()

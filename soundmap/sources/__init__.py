@@ -6,9 +6,18 @@ from pathlib import Path
 
 from soundmap.errors import UsageError
 from soundmap.sources._files import find_rasters
+from soundmap.sources._retry import Patience, stop_waiting
 from soundmap.sources.base import Image, Source, SourceInfo
 
-__all__ = ["Image", "Source", "SourceInfo", "find_rasters", "open_source"]
+__all__ = [
+    "Image",
+    "Patience",
+    "Source",
+    "SourceInfo",
+    "find_rasters",
+    "open_source",
+    "stop_waiting",
+]
 
 
 def open_source(

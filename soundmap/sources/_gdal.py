@@ -52,7 +52,7 @@ _SERVICES = frozenset(
 
 _HERE = re.escape(__name__) + "$"
 
-_STATUS = re.compile(r"HTTP (?:response|error) code[^0-9]{0,20}(\d{3})", re.IGNORECASE)
+_STATUS = re.compile(r"HTTP (?:response|error) code(?: on \S+)?: (\d{3})")
 _PASSING_STATUS = frozenset({408, 425, 429})
 
 _PASSING_ERRNO = frozenset(

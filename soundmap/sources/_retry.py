@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from tenacity import (
@@ -31,6 +32,10 @@ _stops = 0
 
 class PassingError(SourceError):
     """A read that failed for a reason that may pass."""
+
+
+class _Stopped(SourceError):
+    """Somebody stops the run."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ def read_patiently(read: Callable[[], T], patience: Patience) -> T:
     SourceError
         The last failure; it says how often the read was tried.
     """
+    # A stop that comes during a try counts, too.
+    pause = partial(_pause, stops_before=_stops)
 
     def stop(state: RetryCallState) -> bool:
         tries = patience.tries if _passing(state) else min(_HOPELESS_TRIES, patience.tries)
@@ -99,10 +106,12 @@ def read_patiently(read: Callable[[], T], patience: Patience) -> T:
         return growing(state) if _passing(state) else min(_HOPELESS_WAIT_S, patience.first_wait_s)
 
     retrying = Retrying(
-        retry=retry_if_exception_type(SourceError), stop=stop, wait=wait, sleep=_pause, reraise=True
+        retry=retry_if_exception_type(SourceError), stop=stop, wait=wait, sleep=pause, reraise=True
     )
     try:
         return retrying(read)
+    except _Stopped:
+        raise
     except SourceError as error:
         tries = retrying.statistics["attempt_number"]
         if tries == 1:
@@ -116,7 +125,7 @@ def _passing(state: RetryCallState) -> bool:
 
 
 def stop_waiting() -> None:
-    """End all waits of this process at once: the reads that wait fail with what they had.
+    """End the reads under way in this process, as soon as they would wait to try again.
 
     For whoever stops a run: a thread that waits cannot be interrupted otherwise.
     """
@@ -126,8 +135,7 @@ def stop_waiting() -> None:
         _stopping.notify_all()
 
 
-def _pause(seconds: float) -> None:
+def _pause(seconds: float, stops_before: int) -> None:
     with _stopping:
-        before = _stops
-        if _stopping.wait_for(lambda: _stops != before, timeout=seconds):
-            raise SourceError("reading was stopped while it waited to try again")
+        if _stopping.wait_for(lambda: _stops != stops_before, timeout=seconds):
+            raise _Stopped("reading was stopped while it waited to try again")

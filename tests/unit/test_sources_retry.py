@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def test_what_may_pass_is_tried_five_times(times: int) -> None:
     assert read.calls == times + 1
 
 
-def test_then_it_says_how_often(caplog: pytest.LogCaptureFixture) -> None:
+def test_then_it_says_how_often() -> None:
     read = Flaky(9)
     with pytest.raises(SourceError, match=r"^a\.tif: could not be read \(tried 5 times\)$"):
         read_patiently(read, HASTY)
@@ -55,14 +54,14 @@ def test_what_cannot_pass_gets_one_more_try() -> None:
 
 def test_one_try_is_one_try() -> None:
     read = Flaky(9)
-    with pytest.raises(SourceError, match="could not be read$"):
+    with pytest.raises(SourceError, match=r"could not be read$"):
         read_patiently(read, Patience(tries=1))
     assert read.calls == 1
 
 
 def test_no_try_is_begun_late() -> None:
     read = Flaky(9)
-    with pytest.raises(SourceError, match="could not be read$"):
+    with pytest.raises(SourceError, match=r"could not be read$"):
         read_patiently(read, Patience(first_wait_s=0, longest_s=0))
     assert read.calls == 1
 
@@ -77,10 +76,10 @@ def test_other_errors_pass_through_at_once() -> None:
 
 def test_waits_can_be_ended() -> None:
     said: list[str] = []
-    begun = threading.Event()
+    begun = threading.Barrier(4)
 
     def read() -> None:
-        begun.set()
+        begun.wait()
         raise PassingError("a.tif: could not be read")
 
     def wait() -> None:
@@ -93,11 +92,9 @@ def test_waits_can_be_ended() -> None:
     for thread in threads:
         thread.start()
     begun.wait()
+    stop_waiting()
     for thread in threads:
-        # A wait that had not begun yet was not ended.
-        while thread.is_alive():
-            stop_waiting()
-            time.sleep(0.01)
+        thread.join(60)
     assert said == ["reading was stopped while it waited to try again"] * 3
     # Later ones wait as before.
     assert read_patiently(Flaky(1), Patience(first_wait_s=0.01)) == "pixels"
@@ -111,7 +108,7 @@ def test_patience_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Patience.from_environment() == Patience(3, 0.5, 60)
     for wrong in ("0", "many", "nan", "-1"):
         monkeypatch.setenv("SOUNDMAP_READ_TRIES", wrong)
-        with pytest.raises(UsageError, match="SOUNDMAP_READ_TRIES=.* give a number from 1 up"):
+        with pytest.raises(UsageError, match=r"SOUNDMAP_READ_TRIES=.* give a number from 1 up"):
             Patience.from_environment()
 
 

@@ -149,7 +149,7 @@ class Stage:
     UNIT_CELLS: ClassVar = 8
     # A unit takes at least so long, so that there is something to interrupt.
     UNIT_SECONDS: ClassVar = 0.15
-    PATIENCE_SECONDS: ClassVar = 60
+    PATIENCE_SECONDS: ClassVar = 120
     PRELOADED: ClassVar = [
         "distributed",
         "soundmap.api",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyproj
 import shapely
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from odc.geo.geobox import GeoBox
 from pyproj.exceptions import ProjError
 from shapely.geometry import MultiPolygon, Polygon
@@ -228,7 +228,7 @@ def _as_area(geometry: BaseGeometry, name: str) -> Polygon | MultiPolygon:
     return geometry
 
 
-def _union(polygons: ArrayLike) -> BaseGeometry:
+def _union(polygons: NDArray[np.object_]) -> BaseGeometry:
     """Union of polygons of which most keep to themselves, as those of a coastline do."""
     return shapely.disjoint_subset_union_all(polygons)
 
@@ -416,7 +416,7 @@ def _place_on_globe(
         )
         parts.append(shapely.difference(shell, shapely.union_all(holes)))
     valid = _polygons_only(shapely.make_valid(np.asarray(parts, dtype=object)))
-    return _union([split_antimeridian(part) for part in valid])
+    return _union(np.array([split_antimeridian(part) for part in valid], dtype=object))
 
 
 def _close_over_pole(lonlat: Floats, step: Floats, *, hole: bool) -> BaseGeometry:

@@ -108,7 +108,7 @@ class Area:
 def _cut(geometry: BaseGeometry) -> NDArray[np.object_]:
     """Halve polygons, the longer side first, until each has few points."""
     rest = shapely.get_parts(geometry)
-    done = []
+    done: list[NDArray[np.object_]] = []
     # Long thin spikes are cut again and again: an end must come before memory does.
     most = _MOST_GROWTH * (int(shapely.get_num_coordinates(geometry)) + _MOST_POINTS)
     while len(rest):
@@ -116,7 +116,7 @@ def _cut(geometry: BaseGeometry) -> NDArray[np.object_]:
         large = shapely.get_num_coordinates(rest) > _MOST_POINTS
         # Where many edges meet in one point cutting leaves as many.
         large &= np.maximum(east - west, north - south) > _LEAST_DEG
-        held = sum(int(shapely.get_num_coordinates(part).sum()) for part in (*done, rest))
+        held = int(shapely.get_num_coordinates(np.concatenate([*done, rest])).sum())
         large &= held <= most
         done.append(rest[~large])
         rest = rest[large]

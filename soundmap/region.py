@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -228,9 +228,9 @@ def _as_area(geometry: BaseGeometry, name: str) -> Polygon | MultiPolygon:
     return geometry
 
 
-def _union(polygons: Sequence[BaseGeometry] | NDArray[np.object_]) -> BaseGeometry:
+def _union(polygons: NDArray[np.object_]) -> BaseGeometry:
     """Union of polygons of which most keep to themselves, as those of a coastline do."""
-    return shapely.disjoint_subset_union_all(np.asarray(polygons, dtype=object))
+    return shapely.disjoint_subset_union_all(polygons)
 
 
 def polygons_of(geometry: BaseGeometry) -> BaseGeometry:
@@ -416,7 +416,7 @@ def _place_on_globe(
         )
         parts.append(shapely.difference(shell, shapely.union_all(holes)))
     valid = _polygons_only(shapely.make_valid(np.asarray(parts, dtype=object)))
-    return _union([split_antimeridian(part) for part in valid])
+    return _union(np.array([split_antimeridian(part) for part in valid], dtype=object))
 
 
 def _close_over_pole(lonlat: Floats, step: Floats, *, hole: bool) -> BaseGeometry:

@@ -25,8 +25,9 @@ class Map:
     """What the map of an awkward raster is like."""
 
     shape: tuple[int, int]
-    per_cell: int
-    """Pixels of the raster along a cell."""
+    per_cell: int | None
+    """Pixels of the raster along a cell; None: no whole number, so that cells in degrees are square
+    on the ground."""
     band: float = 0.1
     """How far from one half the share of imagery under a cell may be to go either way."""
     warns: str = ""
@@ -45,7 +46,7 @@ OUTCOMES: dict[str, Map | str] = {
     "empty.tif": "the file is empty",
     "esri_wkt_crs.tif": "esri_wkt_crs.tif",
     "float_nan.tif": NO_CRS,
-    "float_nodata_nan_epsg4326.tif": Map((53, 67), 8, warns="coarser"),
+    "float_nodata_nan_epsg4326.tif": Map((55, 64), None, warns="coarser"),
     "geos_projection_rgb.tif": COARSE,
     "krivoklatsko_rgb_missing_crs.tif": NO_CRS,
     "mostly_transparent_rgba_jpeg_epsg3857.tif": Map((51, 51), 24),
@@ -115,6 +116,10 @@ def test_mapped(
             pixel, mask = dataset.transform, dataset.dataset_mask() > 0
     n = expected.per_cell
     assert values.shape[1:] == expected.shape
+    if n is None:
+        # As much of the map as of the raster has values, but for cells that the edge runs through.
+        assert np.isfinite(values[0]).mean() == pytest.approx(mask.mean(), abs=0.05)
+        return
     assert cells[:6] == pytest.approx(
         (n * pixel.a, 0, pixel.c, 0, n * pixel.e, pixel.f), rel=1e-9, abs=1e-6
     )

@@ -23,8 +23,9 @@ from odc.geo.geobox import GeoBox
 import soundmap
 from soundmap.api import Listener, Request, run
 from soundmap.errors import OutputError
+from soundmap.estimate import Estimate
 from soundmap.layout import Layout
-from soundmap.plan import Estimate, Plan
+from soundmap.plan import Plan
 from soundmap.runner import UnitReport
 from soundmap.stores.geotiff import export_cog
 from soundmap.stores.run_state import run_state

@@ -55,6 +55,8 @@ __all__ = [
     "auc",
     "class_vectors",
     "concept_scores",
+    "draw_cells",
+    "evaluate_cells",
     "evaluate_model",
     "evaluate_mosaic",
     "evaluate_mosaics",
@@ -70,6 +72,7 @@ __all__ = [
 
 MOSAIC_TABLE = "eurosat_mosaic_patches.csv"
 _LABEL_PX = 64
+_CELLS_PER_IMAGE = 6
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,36 @@ def evaluate_windows(
         concept_scores(values, audible, bank.names),
         float((nearest == data.labels).mean()),
     )
+
+
+def draw_cells(patches: NDArray[np.float32], count: int, seed: int) -> NDArray[np.float32]:
+    """Draw some patches of every image: float32[N, count, D] out of float32[N, P, P, D]."""
+    flat = patches.reshape(len(patches), -1, patches.shape[-1])
+    chosen = np.random.default_rng(seed).integers(0, flat.shape[1], (len(flat), count))
+    return np.take_along_axis(flat, chosen[..., None], axis=1)
+
+
+def evaluate_cells(
+    encoder: Encoder, bank: ConceptBank, audibility: Audibility, data: LabelledImages, split: str
+) -> SetScore:
+    """Judge a model on single cells, which is what a map shows: a few patches of every image.
+
+    A cell counts as showing what its image is labelled as, which is not so of every cell: a field
+    beside a motorway is a cell of the motorway's image.
+
+    Parameters
+    ----------
+    bank
+        For cells: of detail "patch".
+    """
+    pixels, told_m = as_windows(data, encoder)
+    patches = encoder.encode_images(pixels, gsd_m=told_m, details=("patch",)).patches
+    assert patches is not None
+    cells = draw_cells(patches, _CELLS_PER_IMAGE, seed=0)
+    values = score(cells.reshape(-1, cells.shape[-1]), bank, "probability")
+    audible = audibility.matrix(data.name)[np.repeat(data.labels, _CELLS_PER_IMAGE)]
+    name = f"{data.name} {split}, single cells"
+    return SetScore(name, len(values), concept_scores(values, audible, bank.names), None)
 
 
 @dataclass(frozen=True)

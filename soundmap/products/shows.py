@@ -12,7 +12,7 @@ import numpy as np
 from soundmap.encoder import find_model, load_encoder
 from soundmap.encoder.bank_files import read_bank
 from soundmap.products.calibration import evaluate_calibration
-from soundmap.products.evaluate import evaluate_mosaics, evaluate_windows
+from soundmap.products.evaluate import evaluate_cells, evaluate_mosaics, evaluate_windows
 from soundmap.products.evaluate_clips import encode_clips, evaluate_audible, score_clips
 from soundmap.products.free_text import FILE as FREE_TEXT
 from soundmap.products.free_text import evaluate_free_text, read_free_text
@@ -71,6 +71,10 @@ def show_figures(model: str, data: Path, split: str = "test") -> dict[str, Any]:
             "mean_concept_auc": round(judged.mean_auc, 4),
             "top1": round(judged.top1 or 0, 4),
         }
+    cell_bank = read_bank(card, "patch")
+    for one in sets:
+        cells = evaluate_cells(encoder, cell_bank, audibility, one, split)
+        found[cells.name] = {"mean_concept_auc": round(cells.mean_auc, 4)}
     errors = evaluate_calibration(encoder, bank, audibility, sets)
     found[f"calibration error, {split}"] = {k: round(v, 4) for k, v in errors.items()}
     phrases = evaluate_free_text(encoder, sets, read_free_text(card.folder / FREE_TEXT))

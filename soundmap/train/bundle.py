@@ -97,16 +97,29 @@ _SMALL_WINDOWS = ((40, 0.6), (48, 0.25), (32, 0.15))
 _ALL_WINDOWS = ((64, 0.2), (48, 0.4), (40, 0.25), (32, 0.15))
 _LARGE_WINDOWS = ((64, 0.7), (48, 0.3))
 
+# Single cells are what a map shows: once the codes are found, they count more.
+_CELLS = {"patch": 0.4, "patch_phrase": 0.8}
+
 PHASES = (
     Phase(7000, 3e-3, warmup=150, windows=_SMALL_WINDOWS, stem_only=True),
-    Phase(4000, 1.5e-3, warmup=150, windows=_ALL_WINDOWS),
-    Phase(400, 5e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True),
-    Phase(2400, 1.2e-3, warmup=100, windows=_ALL_WINDOWS, steady=True),
-    Phase(600, 4e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
-    Phase(800, 5e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
-    Phase(700, 5e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
-    Phase(700, 4e-4, warmup=50, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
-    Phase(400, 3e-4, warmup=30, windows=_LARGE_WINDOWS, fixed_norms=True, steady=True),
+    Phase(3000, 1.5e-3, warmup=150, windows=_ALL_WINDOWS),
+    Phase(3200, 1.2e-3, warmup=100, windows=_ALL_WINDOWS, weights={**_CELLS, "steady": 40.0}),
+    Phase(
+        1800,
+        5e-4,
+        warmup=50,
+        windows=_LARGE_WINDOWS,
+        fixed_norms=True,
+        weights={**_CELLS, "steady": 250.0},
+    ),
+    Phase(
+        800,
+        4e-4,
+        warmup=40,
+        windows=_LARGE_WINDOWS,
+        fixed_norms=True,
+        weights={**_CELLS, "caption": 2.5, "steady": 250.0},
+    ),
 )
 """Small windows are seen faster, so more of them in the same time; maps are made of large ones."""
 
@@ -134,7 +147,8 @@ class Recipe:
         ----------
         table
             Any of ``seed``, ``threads``, ``save_every``, ``weight_decay``, ``clip_norm``,
-            ``average``, ``eurosat_batch``, ``ucmerced_batch``, XX
+            ``average``, ``eurosat_batch``, ``ucmerced_batch``, ``clip_pairs``, ``other_clips``,
+            ``cleared``, and ``steps``: a list of numbers, one a phase.
 
         Raises
         ------
@@ -333,7 +347,8 @@ def write_model(
             "a class counts as its match; one phrase per concept (sigmoid) for images and sounds; "
             "the same for single patches, with patchwork consistency between different light; all "
             "images of a batch with all clips that are audible in them; in the last phases, the "
-            "same probabilities with and without haze; "
+            "same similarities with and without haze, against how much a concept differs from "
+            "place to place; "
             "class heads during training alone; the convolutions first learn alone",
             "augmentation": "turns and mirrors; gain, contrast, saturation, colour cast, mixed "
             "bands (season), haze; light of the air taken away and the rest stretched, as products "

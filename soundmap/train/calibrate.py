@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soundmap.encoder import Encoder
-from soundmap.products.evaluate import as_windows
+from soundmap.products.evaluate import as_windows, draw_cells
 from soundmap.products.labelled import Audibility, LabelledImages
 from soundmap.scoring import fit_platt
 
@@ -30,10 +30,7 @@ def similarities(
         assert found.image is not None
         return (found.image @ vectors.T).astype(np.float64), data.labels
     assert found.patches is not None
-    rng = np.random.default_rng(seed)
-    flat = found.patches.reshape(len(pixels), -1, vectors.shape[1])
-    chosen = rng.integers(0, flat.shape[1], (len(flat), _PATCHES_PER_IMAGE))
-    patches = np.take_along_axis(flat, chosen[..., None], axis=1)
+    patches = draw_cells(found.patches, _PATCHES_PER_IMAGE, seed)
     similarity = (patches @ vectors.T).reshape(-1, len(vectors)).astype(np.float64)
     return similarity, np.repeat(data.labels, _PATCHES_PER_IMAGE)
 

@@ -40,8 +40,9 @@ class Phase:
     """Whether the convolutions learn alone, from class labels."""
     fixed_norms: bool = False
     """Whether batch norms use their running statistics, as the finished model does."""
-    steady: bool = False
-    """Whether patches are held to the probabilities that they have without haze."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Terms that weigh otherwise in this phase. Only where "steady" has a weight are patches held
+    to what they are without haze."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ def _start(
     if not path.exists():
         return run
     state = torch.load(path, weights_only=True)
-    if not _goes_on(json.loads(state["told"]), told, state["phase"]):
+    begun = state["phase"] + (state["step"] > 0)
+    if not _goes_on(json.loads(state["told"]), told, begun):
         raise InputError(f"{path} was made with other settings: choose another --out, or remove it")
     for part in ("model", "mean", "heads"):
         getattr(run, part).load_state_dict(state[part])
@@ -185,21 +187,16 @@ def _start(
     return run
 
 
-def _goes_on(before: Mapping[str, Any], now: Mapping[str, Any], phase: int) -> bool:
+def _goes_on(before: Mapping[str, Any], now: Mapping[str, Any], begun: int) -> bool:
     """Whether settings are the same as far as they were used: phases to come may change."""
 
     def used(told: Mapping[str, Any]) -> list[Any]:
-        phases = told["train"]["phases"][: phase + 1]
         # How many threads and how often to save do not change what is learnt.
         free = ("phases", "threads", "save_every")
         rest = {k: v for k, v in told["train"].items() if k not in free}
-        return [told["model"], phases, rest]
+        return [told["model"], told["train"]["phases"][:begun], rest]
 
-    old, new = used(before), used(now)
-    # A run that was done had no phase under way: one more is a phase to come.
-    old_phases = old[1]
-    new[1] = new[1][: len(old_phases)]
-    return old == new
+    return used(before) == used(now)
 
 
 def _save(run: _Run, path: Path, told: Mapping[str, Any]) -> None:
@@ -252,7 +249,7 @@ def _run_phase(
         for group in run.optimiser.param_groups:
             group["lr"] = learning_rate(step, phase)
         terms = _terms(run, phase, config, diets, clips, step)
-        weights = STEM_WEIGHTS if phase.stem_only else WEIGHTS
+        weights = STEM_WEIGHTS if phase.stem_only else {**WEIGHTS, **phase.weights}
         torch.stack([weights[k] * v for k, v in terms.items()]).sum().backward()
         nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         run.optimiser.step()
@@ -292,7 +289,8 @@ def _terms(
     batch = draw_batch(diets, dict(phase.windows), rows, rng)
     if phase.stem_only:
         return stem_terms(run.model, run.heads, diets, batch, rng)
-    return step_terms(run.model, run.heads, diets, clips, batch, config.shares, rng, phase.steady)
+    steady = "steady" in phase.weights
+    return step_terms(run.model, run.heads, diets, clips, batch, config.shares, rng, steady)
 
 
 def learning_rate(step: int, phase: Phase) -> float:

@@ -56,21 +56,27 @@ def agreement_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 def steady_loss(a: Tensor, b: Tensor) -> Tensor:
-    """Hold two views of the same patches to the same probabilities, one by one and on average.
+    """Hold two views of the same patches to the same similarities, above all on average.
+
+    Changes are measured against how much a concept differs from patch to patch, so that a model
+    gains nothing by calling everything alike.
 
     Parameters
     ----------
     a, b
-        float[B, n, C] probabilities of n patches of each image.
+        float[B, n, C] similarities of n patches of each image with C phrases.
 
     Returns
     -------
     Tensor
-        Squared differences summed over concepts: the mean over patches, and that of the images'
-        means, which count as much as single patches would without noise.
+        Squared changes over the variance of ``a`` and ``b`` over all patches, the mean over
+        concepts: that of the images' means, and a quarter of that of single patches, which may
+        scatter.
     """
     change = a - b
-    return change.square().sum(-1).mean() + change.mean(1).square().sum(-1).mean()
+    size = change.mean(1).square().mean(0) + change.square().mean((0, 1)) / 4
+    spread = (a.flatten(0, 1).var(0) + b.flatten(0, 1).var(0)) / 2
+    return (size / spread.clamp_min(1e-6)).mean()
 
 
 def spread_loss(logits: Tensor) -> Tensor:

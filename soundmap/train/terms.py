@@ -31,7 +31,6 @@ WEIGHTS = {
     "patch_phrase": 0.5,
     "label": 1.0,
     "agree": 0.25,
-    "steady": 120.0,
     "spread": 0.02,
     "clip_caption": 0.5,
     "clip_phrase": 1.0,
@@ -144,7 +143,7 @@ def step_terms(
     rng
         Where chance comes from.
     steady
-        Whether to hold patches to the probabilities that they have without haze.
+        Whether to hold patches to what they are without haze.
 
     Returns
     -------
@@ -219,16 +218,12 @@ def step_terms(
         add("spread", spread_loss(logits[part]).mean())
     result = {name: _share(values, batch) for name, values in terms.items()}
     if steady:
-
-        def probability(each: Tensor) -> Tensor:
-            scale, bias = p_scale.detach(), p_bias.detach()
-            return torch.sigmoid(scale * each @ texts.prompts.detach().T + bias)
-
         hazy = torch.where(missing, beyond, veil(before_haze, rng))
         veiled = _embed(model, hazy)
         queries = _single(model, veiled, None, batch.gsd_m[clean], places[clean])
-        other = probability(model.codebook.each(queries))
-        result["steady"] = steady_loss(probability(patches[clean]), other)
+        phrases = texts.prompts.detach().T
+        other = model.codebook.each(queries) @ phrases
+        result["steady"] = steady_loss(patches[clean] @ phrases, other)
     if clips is not None:
         heard = draw_clips(clips, diets, batch, rng)
         result |= _clip_terms(model, heads, clips, heard, raw, texts, rng)

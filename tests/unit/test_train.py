@@ -271,14 +271,25 @@ class TestLosses:
         assert float(agreement_loss(a, -a)) == pytest.approx(2, abs=1e-6)
 
     def test_steady(self) -> None:
-        a = torch.rand(4, 5, 6, generator=rng())
+        a = torch.randn(40, 5, 6, generator=rng())
         assert float(steady_loss(a, a)) == 0
-        # All patches alike: as a mean, and one by one. Patches that cancel out: one by one alone.
-        change = torch.zeros(4, 5, 6)
-        change[..., 2] = 0.1
-        assert float(steady_loss(a, a + change)) == pytest.approx(0.02, rel=1e-4)
-        change = torch.tensor([0.1, -0.1])[None, :, None].expand(4, 2, 6)
-        assert float(steady_loss(a[:, :2], a[:, :2] + change)) == pytest.approx(0.06, rel=1e-4)
+        # A tenth of a concept's spread, of one concept in six. All patches alike: as a mean, and
+        # one by one. Patches that cancel out: one by one alone.
+        change = torch.zeros_like(a)
+        change[..., 2] = 0.1 * a[..., 2].std()
+        assert float(steady_loss(a, a + change)) == pytest.approx(0.0125 / 6, rel=1e-3)
+        a = a[:, :2]
+        change = torch.zeros_like(a)
+        change[..., 2] = torch.tensor([0.1, -0.1]) * a[..., 2].std()
+        assert float(steady_loss(a - change / 2, a + change / 2)) == pytest.approx(
+            0.01 / 6, rel=0.05
+        )
+
+    def test_calling_all_alike_is_not_steadier(self) -> None:
+        a, b = torch.randn(2, 8, 5, 6, generator=rng())
+        assert float(steady_loss(a / 10, b / 10)) == pytest.approx(float(steady_loss(a, b)))
+        # One that tells places apart and changes as much is.
+        assert float(steady_loss(a * 2, a * 2 + b)) < float(steady_loss(a, a + b))
 
     def test_matches_of_any_number(self) -> None:
         match = torch.tensor([[1, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0]]).bool()
@@ -363,7 +374,7 @@ def settings(*phases: Phase, **more: Any) -> TrainConfig:
 PHASES = (
     Phase(6, 3e-3, 2, WINDOWS, stem_only=True),
     Phase(80, 3e-3, 2, WINDOWS),
-    Phase(10, 2e-3, 1, ((32, 1.0),), fixed_norms=True),
+    Phase(10, 2e-3, 1, ((32, 1.0),), fixed_norms=True, weights={"steady": 2.0}),
 )
 
 
@@ -396,7 +407,8 @@ class TestFit:
         torch.manual_seed(train.seed)
         fresh, heads = SoundModel(config), Heads(config.dim, 32, {"places": 3}, 4)
         before = self.losses(fresh.eval(), heads, clips())
-        assert set(before) == set(WEIGHTS)
+        weights = {**WEIGHTS, "steady": 1.0}
+        assert set(before) == set(weights)
         assert all(math.isfinite(v) for v in before.values())
         model, spent = fit(config, train, [self.diet], clips(), tmp_path / "run")
         assert not model.training
@@ -406,7 +418,7 @@ class TestFit:
         # Captions take longer: three at a sharp scale are told apart last.
         for term in ("phrase", "patch_phrase", "label", "clip_label"):
             assert after[term] < 0.8 * before[term], term
-        total = [sum(WEIGHTS[k] * terms[k] for k in terms) for terms in (before, after)]
+        total = [sum(weights[k] * terms[k] for k in terms) for terms in (before, after)]
         assert total[1] < 0.7 * total[0]
         self.check_files(tmp_path / "run", config, model)
 
@@ -415,6 +427,8 @@ class TestFit:
         assert rows[0]["train"]["phases"][1]["steps"] == 80
         assert model_config(rows[0]["model"]) == config
         assert [row["step"] for row in rows[1:] if "step" in row] == [6, 50, 80, 10]
+        # A term that only some phases have.
+        assert ["steady" in row for row in rows[1:]] == [False, False, False, True]
         state = load_file(str(folder / "weights.safetensors"))
         for key, value in model.state_dict().items():
             assert torch.equal(state[key], value), key

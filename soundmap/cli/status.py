@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from soundmap.cli.amounts import duration
+
 if TYPE_CHECKING:
     from soundmap.stores.run_state import RunState
 
@@ -69,15 +71,5 @@ def _facts(state: RunState) -> list[tuple[str, str]]:
             )
         )
     if state.seconds_left is not None:
-        facts.append(("time left", f"{_duration(state.seconds_left)} at that pace"))
+        facts.append(("time left", f"{duration(state.seconds_left)} at that pace"))
     return facts
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"

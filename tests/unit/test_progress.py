@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from soundmap.cli.progress import Pace, duration, size
+from soundmap.cli.amounts import duration, size
+from soundmap.cli.progress import Pace
 from soundmap.runner import UnitReport
 from soundmap.stores.zarr_store import Status
 

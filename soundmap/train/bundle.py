@@ -120,6 +120,15 @@ PHASES = (
         fixed_norms=True,
         weights={**_CELLS, "caption": 2.5, "steady": 250.0},
     ),
+    Phase(
+        700,
+        4e-4,
+        warmup=40,
+        windows=_LARGE_WINDOWS,
+        fixed_norms=True,
+        weights={**_CELLS, "caption": 2.5, "steady": 350.0},
+        turned=True,
+    ),
 )
 """Small windows are seen faster, so more of them in the same time; maps are made of large ones."""
 
@@ -346,9 +355,9 @@ def write_model(
             "with sound, image with both, image with its own caption, where all that is audible in "
             "a class counts as its match; one phrase per concept (sigmoid) for images and sounds; "
             "the same for single patches, with patchwork consistency between different light; all "
-            "images of a batch with all clips that are audible in them; in the last phases, the "
-            "same similarities with and without haze, against how much a concept differs from "
-            "place to place; "
+            "images of a batch with all clips that are audible in them; in later phases, the "
+            "same similarities with and without haze, in the last one turned as well, against how "
+            "much a concept differs from place to place; "
             "class heads during training alone; the convolutions first learn alone",
             "augmentation": "turns and mirrors; gain, contrast, saturation, colour cast, mixed "
             "bands (season), haze; light of the air taken away and the rest stretched, as products "

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from soundmap.errors import InputError
 from soundmap.nn.model import ModelConfig, SoundModel
 from soundmap.train.feed import Clips, Diet, draw_batch, rows_of, step_rng
-from soundmap.train.terms import STEM_WEIGHTS, WEIGHTS, Heads, Shares, stem_terms, step_terms
+from soundmap.train.terms import (
+    STEM_WEIGHTS,
+    WEIGHTS,
+    Heads,
+    Shares,
+    Steady,
+    stem_terms,
+    step_terms,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +51,8 @@ class Phase:
     weights: Mapping[str, float] = field(default_factory=dict)
     """Terms that weigh otherwise in this phase. Only where "steady" has a weight are patches held
     to what they are without haze."""
+    turned: bool = False
+    """Whether the hazy view is turned or mirrored as well."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +299,7 @@ def _terms(
     batch = draw_batch(diets, dict(phase.windows), rows, rng)
     if phase.stem_only:
         return stem_terms(run.model, run.heads, diets, batch, rng)
-    steady = "steady" in phase.weights
+    steady = Steady("steady" in phase.weights, phase.turned)
     return step_terms(run.model, run.heads, diets, clips, batch, config.shares, rng, steady)
 
 

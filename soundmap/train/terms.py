@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soundmap.nn.model import SoundModel
-from soundmap.train.augment import gaps, hide, patchwork, recolour, veil
+from soundmap.train.augment import gaps, hide, patchwork, recolour, turn, veil
 from soundmap.train.clips import vary
 from soundmap.train.feed import Batch, Clips, Diet, Heard, draw_clips
 from soundmap.train.losses import (
@@ -83,6 +83,16 @@ class Shares:
     """Part of the images of which a piece is blanked."""
 
 
+@dataclass(frozen=True)
+class Steady:
+    """What patches are held to from another view."""
+
+    hazy: bool = False
+    """Whether there is another view, through haze."""
+    turned: bool = False
+    """Whether it is turned or mirrored as well."""
+
+
 def stem_terms(
     model: SoundModel, heads: Heads, diets: list[Diet], batch: Batch, rng: torch.Generator
 ) -> dict[str, Tensor]:
@@ -126,7 +136,7 @@ def step_terms(
     batch: Batch,
     shares: Shares,
     rng: torch.Generator,
-    steady: bool = False,
+    steady: Steady = Steady(),
 ) -> dict[str, Tensor]:
     """Compute all terms of one step.
 
@@ -143,7 +153,7 @@ def step_terms(
     rng
         Where chance comes from.
     steady
-        Whether to hold patches to what they are without haze.
+        What patches are held to from another view.
 
     Returns
     -------
@@ -151,7 +161,7 @@ def step_terms(
         Term -> scalar, not weighted.
     """
     pixels = hide(recolour(batch.pixels, rng), shares.hidden, rng)
-    clean = _some(batch, shares.veiled if steady else 0.0)
+    clean = _some(batch, shares.veiled if steady.hazy else 0.0)
     # Half of them as they are, which is how maps are read; the same through haze is to mean the
     # same. What lies beyond the imagery stays as it is.
     missing = gaps(len(clean), pixels.shape[-1], shares.cut, rng)
@@ -217,10 +227,12 @@ def step_terms(
         add("agree", agreement_loss(pieces[own], before[own]))
         add("spread", spread_loss(logits[part]).mean())
     result = {name: _share(values, batch) for name, values in terms.items()}
-    if steady:
-        hazy = torch.where(missing, beyond, veil(before_haze, rng))
-        veiled = _embed(model, hazy)
-        queries = _single(model, veiled, None, batch.gsd_m[clean], places[clean])
+    if steady.hazy:
+        view, spots_there = torch.where(missing, beyond, veil(before_haze, rng)), places[clean]
+        if steady.turned:
+            view, spots_there = _turned(view, spots_there, model.config.vit.patch_px, rng)
+        there = _embed(model, view)
+        queries = _single(model, there, None, batch.gsd_m[clean], spots_there)
         phrases = texts.prompts.detach().T
         other = model.codebook.each(queries) @ phrases
         result["steady"] = steady_loss(patches[clean] @ phrases, other)
@@ -236,6 +248,20 @@ def _some(batch: Batch, share: float) -> Tensor:
     most = max(len(part) for part in parts)
     shares = [min(1.0, share * (most / max(1, len(part))) ** 0.5) for part in parts]
     return torch.cat([p[: round(len(p) * s)] for p, s in zip(parts, shares, strict=True)])
+
+
+def _turned(
+    pixels: Tensor, places: Tensor, patch_px: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Turn or mirror windows, and say where patches at int64[B, n] have gone."""
+    count, _, side, _ = pixels.shape
+    index = torch.arange((side // patch_px) ** 2, dtype=pixels.dtype)
+    # The number of its patch goes with every pixel, as one more band.
+    plane = index.view(1, 1, side // patch_px, -1).repeat_interleave(patch_px, 2)
+    plane = plane.repeat_interleave(patch_px, 3).expand(count, 1, side, side)
+    turned = turn(torch.cat([pixels, plane], dim=1), rng)
+    numbers = turned[:, 3, ::patch_px, ::patch_px].flatten(1).long()
+    return turned[:, :3], numbers.argsort(1).gather(1, places)
 
 
 @dataclass(frozen=True)

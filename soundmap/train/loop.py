@@ -49,10 +49,8 @@ class Phase:
     fixed_norms: bool = False
     """Whether batch norms use their running statistics, as the finished model does."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Terms that weigh otherwise in this phase. Only where "steady" has a weight are patches held
-    to what they are without haze."""
-    turned: bool = False
-    """Whether the hazy view is turned or mirrored as well."""
+    """Terms that weigh otherwise in this phase. Only where "steady" and "turned" have one are
+    patches held to what they are without haze, and images to what they are the other way up."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +297,7 @@ def _terms(
     batch = draw_batch(diets, dict(phase.windows), rows, rng)
     if phase.stem_only:
         return stem_terms(run.model, run.heads, diets, batch, rng)
-    steady = Steady("steady" in phase.weights, phase.turned)
+    steady = Steady("steady" in phase.weights, "turned" in phase.weights)
     return step_terms(run.model, run.heads, diets, clips, batch, config.shares, rng, steady)
 
 

@@ -85,12 +85,12 @@ class Shares:
 
 @dataclass(frozen=True)
 class Steady:
-    """What patches are held to from another view."""
+    """Which other views of images are held to the same."""
 
     hazy: bool = False
-    """Whether there is another view, through haze."""
+    """Through haze, patch by patch."""
     turned: bool = False
-    """Whether it is turned or mirrored as well."""
+    """Turned or mirrored, on average over an image."""
 
 
 def stem_terms(
@@ -153,7 +153,7 @@ def step_terms(
     rng
         Where chance comes from.
     steady
-        What patches are held to from another view.
+        Which other views are held to the same.
 
     Returns
     -------
@@ -227,15 +227,21 @@ def step_terms(
         add("agree", agreement_loss(pieces[own], before[own]))
         add("spread", spread_loss(logits[part]).mean())
     result = {name: _share(values, batch) for name, values in terms.items()}
+    phrases = texts.prompts.detach().T
     if steady.hazy:
-        view, spots_there = torch.where(missing, beyond, veil(before_haze, rng)), places[clean]
-        if steady.turned:
-            view, spots_there = _turned(view, spots_there, model.config.vit.patch_px, rng)
-        there = _embed(model, view)
-        queries = _single(model, there, None, batch.gsd_m[clean], spots_there)
-        phrases = texts.prompts.detach().T
-        other = model.codebook.each(queries) @ phrases
-        result["steady"] = steady_loss(patches[clean] @ phrases, other)
+        veiled = _embed(model, torch.where(missing, beyond, veil(before_haze, rng)))
+        queries = _single(model, veiled, None, batch.gsd_m[clean], places[clean])
+        result["steady"] = steady_loss(
+            patches[clean] @ phrases, model.codebook.each(queries) @ phrases
+        )
+    if steady.turned:
+        some = clean[::2]
+        views = grid[some], _embed(model, turn(pixels[some], rng))
+        before, after = (
+            model.codebook.each(model.queries(v, batch.gsd_m[some], model.config.local_patches))
+            for v in views
+        )
+        result["turned"] = steady_loss(before @ phrases, after @ phrases, single=0.0)
     if clips is not None:
         heard = draw_clips(clips, diets, batch, rng)
         result |= _clip_terms(model, heads, clips, heard, raw, texts, rng)
@@ -248,20 +254,6 @@ def _some(batch: Batch, share: float) -> Tensor:
     most = max(len(part) for part in parts)
     shares = [min(1.0, share * (most / max(1, len(part))) ** 0.5) for part in parts]
     return torch.cat([p[: round(len(p) * s)] for p, s in zip(parts, shares, strict=True)])
-
-
-def _turned(
-    pixels: Tensor, places: Tensor, patch_px: int, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Turn or mirror windows, and say where patches at int64[B, n] have gone."""
-    count, _, side, _ = pixels.shape
-    index = torch.arange((side // patch_px) ** 2, dtype=pixels.dtype)
-    # The number of its patch goes with every pixel, as one more band.
-    plane = index.view(1, 1, side // patch_px, -1).repeat_interleave(patch_px, 2)
-    plane = plane.repeat_interleave(patch_px, 3).expand(count, 1, side, side)
-    turned = turn(torch.cat([pixels, plane], dim=1), rng)
-    numbers = turned[:, 3, ::patch_px, ::patch_px].flatten(1).long()
-    return turned[:, :3], numbers.argsort(1).gather(1, places)
 
 
 @dataclass(frozen=True)

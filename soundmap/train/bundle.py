@@ -120,14 +120,6 @@ PHASES = (
         fixed_norms=True,
         weights={**_CELLS, "caption": 2.5, "steady": 250.0},
     ),
-    Phase(
-        400,
-        3e-4,
-        warmup=30,
-        windows=_LARGE_WINDOWS,
-        fixed_norms=True,
-        weights={**_CELLS, "caption": 2.5, "steady": 250.0, "turned": 300.0},
-    ),
 )
 """Small windows are seen faster, so more of them in the same time; maps are made of large ones."""
 
@@ -355,8 +347,8 @@ def write_model(
             "a class counts as its match; one phrase per concept (sigmoid) for images and sounds; "
             "the same for single patches, with patchwork consistency between different light; all "
             "images of a batch with all clips that are audible in them; in later phases, the "
-            "same similarities with and without haze, and in the last one however an image is "
-            "turned, against how much a concept differs from place to place; "
+            "same similarities with and without haze, against how much a concept differs from "
+            "place to place; "
             "class heads during training alone; the convolutions first learn alone",
             "augmentation": "turns and mirrors; gain, contrast, saturation, colour cast, mixed "
             "bands (season), haze; light of the air taken away and the rest stretched, as products "

@@ -19,15 +19,7 @@ from torch import Tensor, nn
 from soundmap.errors import InputError
 from soundmap.nn.model import ModelConfig, SoundModel
 from soundmap.train.feed import Clips, Diet, draw_batch, rows_of, step_rng
-from soundmap.train.terms import (
-    STEM_WEIGHTS,
-    WEIGHTS,
-    Heads,
-    Shares,
-    Steady,
-    stem_terms,
-    step_terms,
-)
+from soundmap.train.terms import STEM_WEIGHTS, WEIGHTS, Heads, Shares, stem_terms, step_terms
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +41,8 @@ class Phase:
     fixed_norms: bool = False
     """Whether batch norms use their running statistics, as the finished model does."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Terms that weigh otherwise in this phase. Only where "steady" and "turned" have one are
-    patches held to what they are without haze, and images to what they are the other way up."""
+    """Terms that weigh otherwise in this phase. Only where "steady" has a weight are patches held
+    to what they are without haze."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +289,7 @@ def _terms(
     batch = draw_batch(diets, dict(phase.windows), rows, rng)
     if phase.stem_only:
         return stem_terms(run.model, run.heads, diets, batch, rng)
-    steady = Steady("steady" in phase.weights, "turned" in phase.weights)
+    steady = "steady" in phase.weights
     return step_terms(run.model, run.heads, diets, clips, batch, config.shares, rng, steady)
 
 

@@ -55,7 +55,7 @@ def agreement_loss(a: Tensor, b: Tensor) -> Tensor:
     return 1 - (a * b).sum(-1).mean()
 
 
-def steady_loss(a: Tensor, b: Tensor, single: float = 0.25) -> Tensor:
+def steady_loss(a: Tensor, b: Tensor) -> Tensor:
     """Hold two views of the same patches to the same similarities, above all on average.
 
     Changes are measured against how much a concept differs from patch to patch, so that a model
@@ -65,17 +65,16 @@ def steady_loss(a: Tensor, b: Tensor, single: float = 0.25) -> Tensor:
     ----------
     a, b
         float[B, n, C] similarities of n patches of each image with C phrases.
-    single
-        Weight of single patches, which may scatter; with 0 they may come in another order.
 
     Returns
     -------
     Tensor
         Squared changes over the variance of ``a`` and ``b`` over all patches, the mean over
-        concepts: that of the images' means, and ``single`` times that of patches.
+        concepts: that of the images' means, and a quarter of that of single patches, which may
+        scatter.
     """
     change = a - b
-    size = change.mean(1).square().mean(0) + single * change.square().mean((0, 1))
+    size = change.mean(1).square().mean(0) + change.square().mean((0, 1)) / 4
     spread = (a.flatten(0, 1).var(0) + b.flatten(0, 1).var(0)) / 2
     return (size / spread.clamp_min(1e-6)).mean()
 

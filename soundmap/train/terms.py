@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soundmap.nn.model import SoundModel
-from soundmap.train.augment import gaps, hide, patchwork, recolour, turn, veil
+from soundmap.train.augment import gaps, hide, patchwork, recolour, veil
 from soundmap.train.clips import vary
 from soundmap.train.feed import Batch, Clips, Diet, Heard, draw_clips
 from soundmap.train.losses import (
@@ -83,16 +83,6 @@ class Shares:
     """Part of the images of which a piece is blanked."""
 
 
-@dataclass(frozen=True)
-class Steady:
-    """Which other views of images are held to the same."""
-
-    hazy: bool = False
-    """Through haze, patch by patch."""
-    turned: bool = False
-    """Turned or mirrored, on average over an image."""
-
-
 def stem_terms(
     model: SoundModel, heads: Heads, diets: list[Diet], batch: Batch, rng: torch.Generator
 ) -> dict[str, Tensor]:
@@ -136,7 +126,7 @@ def step_terms(
     batch: Batch,
     shares: Shares,
     rng: torch.Generator,
-    steady: Steady = Steady(),
+    steady: bool = False,
 ) -> dict[str, Tensor]:
     """Compute all terms of one step.
 
@@ -153,7 +143,7 @@ def step_terms(
     rng
         Where chance comes from.
     steady
-        Which other views are held to the same.
+        Whether to hold patches to what they are without haze.
 
     Returns
     -------
@@ -161,7 +151,7 @@ def step_terms(
         Term -> scalar, not weighted.
     """
     pixels = hide(recolour(batch.pixels, rng), shares.hidden, rng)
-    clean = _some(batch, shares.veiled if steady.hazy else 0.0)
+    clean = _some(batch, shares.veiled if steady else 0.0)
     # Half of them as they are, which is how maps are read; the same through haze is to mean the
     # same. What lies beyond the imagery stays as it is.
     missing = gaps(len(clean), pixels.shape[-1], shares.cut, rng)
@@ -227,21 +217,13 @@ def step_terms(
         add("agree", agreement_loss(pieces[own], before[own]))
         add("spread", spread_loss(logits[part]).mean())
     result = {name: _share(values, batch) for name, values in terms.items()}
-    phrases = texts.prompts.detach().T
-    if steady.hazy:
-        veiled = _embed(model, torch.where(missing, beyond, veil(before_haze, rng)))
+    if steady:
+        hazy = torch.where(missing, beyond, veil(before_haze, rng))
+        veiled = _embed(model, hazy)
         queries = _single(model, veiled, None, batch.gsd_m[clean], places[clean])
-        result["steady"] = steady_loss(
-            patches[clean] @ phrases, model.codebook.each(queries) @ phrases
-        )
-    if steady.turned:
-        some = clean[::2]
-        views = grid[some], _embed(model, turn(pixels[some], rng))
-        before, after = (
-            model.codebook.each(model.queries(v, batch.gsd_m[some], model.config.local_patches))
-            for v in views
-        )
-        result["turned"] = steady_loss(before @ phrases, after @ phrases, single=0.0)
+        phrases = texts.prompts.detach().T
+        other = model.codebook.each(queries) @ phrases
+        result["steady"] = steady_loss(patches[clean] @ phrases, other)
     if clips is not None:
         heard = draw_clips(clips, diets, batch, rng)
         result |= _clip_terms(model, heads, clips, heard, raw, texts, rng)

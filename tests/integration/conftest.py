@@ -204,13 +204,15 @@ class Stage:
     def play(self, role: str, *args: str, **names: Any) -> BaseProcess:
         self.folder.joinpath("out").mkdir(parents=True, exist_ok=True)
         player, watch = self.folder / "player.py", self.folder / "watch.py"
-        constants = {
-            "RECORD": str(self.folder / "record"),
-            "SECONDS": self.UNIT_SECONDS,
-            "HOLD": str(self.hold),
-        }
-        watch.write_text("".join(f"{k} = {v!r}\n" for k, v in constants.items()) + self.watch)
-        player.write_text(PLAYER)
+        # Once: a process that has just been started may be reading them.
+        if not player.exists():
+            constants = {
+                "RECORD": str(self.folder / "record"),
+                "SECONDS": self.UNIT_SECONDS,
+                "HOLD": str(self.hold),
+            }
+            watch.write_text("".join(f"{k} = {v!r}\n" for k, v in constants.items()) + self.watch)
+            player.write_text(PLAYER)
         given = {
             "ROLE": role,
             "ARGS": args,

@@ -7,7 +7,9 @@ similarities holds the embeddings, and `colours_of` tells which colour each cell
 from __future__ import annotations
 
 import numpy as np
+from affine import Affine
 from numpy.typing import NDArray
+from odc.geo.geobox import GeoBox
 
 from soundmap.encoder import Encoder
 from soundmap.layout import choose_layout
@@ -16,6 +18,7 @@ from soundmap.plan import Unit, make_plan
 from soundmap.region import Region
 from soundmap.scoring import ConceptBank
 from soundmap.sources.base import Source
+from soundmap.stores.schema import MapSchema
 
 
 def axes_bank() -> ConceptBank:
@@ -30,6 +33,31 @@ def axes_bank() -> ConceptBank:
         calibration=("platt",) * 4,
         share_scale=3.0,
         encoder_id="fake",
+    )
+
+
+def fake_schema() -> MapSchema:
+    """Describe a map of two sounds, 32 x 24 cells of 10 m; `dataclasses.replace` makes others."""
+    return MapSchema(
+        concepts=("birdsong", "road traffic"),
+        groups=("biophony", "anthrophony"),
+        colours=("#33a02c", "#e31a1c"),
+        calibrations=("platt", "platt"),
+        value="probability",
+        formula="",
+        detail="patch",
+        dtype="float32",
+        grid=GeoBox((24, 32), Affine(10, 0, 500_000, 0, -10, 5_500_000), "EPSG:32633"),
+        chunk_cells=32,
+        model="soundmap-small",
+        model_hash="0123",
+        imagery="town.tif",
+        attribution="",
+        licence="",
+        gsd_m=10.0,
+        software="soundmap",
+        created="2026-01-02T03:04:05+00:00",
+        fingerprint="f00d",
     )
 
 

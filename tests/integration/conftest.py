@@ -59,6 +59,15 @@ def program(project: Path) -> Command:
     return call
 
 
+@pytest.fixture(scope="module")
+def small_units() -> Iterator[None]:
+    """Units of 8 x 8 cells for a whole module: the 32 x 24 cells of the town are 12 of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("soundmap.layout._MOST_UNIT_CELLS", 8)
+        patch.setattr("soundmap.layout._LEAST_UNIT_CELLS", 8)
+        yield
+
+
 @pytest.fixture(scope="session")
 def town(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A raster of 256 x 192 px of 10 m: 32 x 24 cells, some structure, no nodata."""

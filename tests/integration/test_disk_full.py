@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,45 +30,23 @@ from soundmap.plan import Plan
 from soundmap.runner import UnitReport
 from soundmap.stores.geotiff import export_cog
 from soundmap.stores.run_state import run_state
-from soundmap.stores.schema import MapSchema
 from soundmap.stores.zarr_store import create
+from soundmap.testing.fake_map import fake_schema
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 CONCEPTS = "birdsong,road traffic"
+pytestmark = pytest.mark.usefixtures("small_units")
+
 # The raster of 32 x 24 cells becomes 4 x 3 units.
-UNIT_CELLS = 8
 UNITS = 12
 
 
-SCHEMA = MapSchema(
-    concepts=("birdsong", "road traffic"),
-    groups=("biophony", "anthrophony"),
-    colours=("#33a02c", "#e31a1c"),
-    calibrations=("platt", "platt"),
-    value="probability",
-    formula="",
-    detail="patch",
-    dtype="float32",
+SCHEMA = replace(
+    fake_schema(),
     grid=GeoBox((700, 800), Affine(10, 0, 500_000, 0, -10, 5_500_000), "EPSG:32633"),
     chunk_cells=800,
-    model="soundmap-small",
-    model_hash="0123",
-    imagery="town.tif",
-    attribution="",
-    licence="",
-    gsd_m=10.0,
-    software="soundmap",
-    created="2026-01-02T03:04:05+00:00",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_units() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("soundmap.layout._MOST_UNIT_CELLS", UNIT_CELLS)
-        patch.setattr("soundmap.layout._LEAST_UNIT_CELLS", UNIT_CELLS)
-        yield
 
 
 @pytest.fixture(scope="module")

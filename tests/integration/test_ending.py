@@ -13,36 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from affine import Affine
-from odc.geo.geobox import GeoBox
 
 import soundmap
 from soundmap.stores.schema import MapSchema
 from soundmap.stores.target import check_target
 from soundmap.stores.work import Work, begin, complete, is_unfinished, tidy
 from soundmap.stores.zarr_store import Status
+from soundmap.testing.fake_map import fake_schema
 
-OLD = MapSchema(
-    concepts=("birdsong",),
-    groups=("biophony",),
-    colours=("#33a02c",),
-    calibrations=("platt",),
-    value="probability",
-    formula="",
-    detail="patch",
-    dtype="float32",
-    grid=GeoBox((24, 32), Affine(10, 0, 500_000, 0, -10, 5_500_000), "EPSG:32633"),
-    chunk_cells=32,
-    model="soundmap-small",
-    model_hash="0123",
-    imagery="town.tif",
-    attribution="",
-    licence="",
-    gsd_m=10.0,
-    software="soundmap",
-    created="2026-01-02T03:04:05+00:00",
-    fingerprint="old",
-)
+OLD = replace(fake_schema(), fingerprint="old")
 NEW = replace(OLD, fingerprint="new", created="2026-02-03T04:05:06+00:00")
 UNITS = (1, 1)
 # One moment of so many is tried, another one each time: all of them take half a minute.

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,9 @@ from soundmap.sources.raster import RasterSource
 from soundmap.stores.work import work_path
 
 CONCEPTS = ["birdsong", "road traffic"]
+
+pytestmark = pytest.mark.usefixtures("small_units")
+
 # The raster of 32 x 24 cells becomes 4 x 3 units.
 UNIT_CELLS = 8
 UNITS = 12
@@ -52,14 +55,6 @@ class Log(Listener):
         self.units.append(report.index)
         if len(self.units) == self.stop_after:
             raise KeyboardInterrupt
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_units() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("soundmap.layout._MOST_UNIT_CELLS", UNIT_CELLS)
-        patch.setattr("soundmap.layout._LEAST_UNIT_CELLS", UNIT_CELLS)
-        yield
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from soundmap.stores.schema import MapSchema
 from soundmap.stores.target import check_target
 from soundmap.stores.work import Work, begin, complete
 from soundmap.stores.zarr_store import Status, ZarrStore, create
+from soundmap.testing.fake_map import fake_schema
 from soundmap.testing.store_contract import StoreContract
 
 pytest.importorskip("s3fs")
@@ -41,38 +42,16 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 BUCKET = "maps"
 CONCEPTS = "birdsong,road traffic"
+pytestmark = pytest.mark.usefixtures("small_units")
+
 # The raster of 32 x 24 cells becomes 4 x 3 units.
 UNIT_CELLS = 8
 UNITS = 12
-SCHEMA = MapSchema(
-    concepts=("birdsong", "road traffic", "waves"),
-    groups=("biophony", "anthrophony", "geophony"),
-    colours=("#33a02c", "#e31a1c", "#1f78b4"),
-    calibrations=("platt",) * 3,
-    value="probability",
-    formula="",
-    detail="patch",
-    dtype="float32",
+SCHEMA = replace(
+    fake_schema(),
     grid=GeoBox((40, 56), Affine(10, 0, 500_000, 0, -10, 5_500_000), "EPSG:32633"),
     chunk_cells=16,
-    model="soundmap-small",
-    model_hash="0123",
-    imagery="town.tif",
-    attribution="",
-    licence="",
-    gsd_m=10.0,
-    software="soundmap",
-    created="2026-01-02T03:04:05+00:00",
-    fingerprint="f00d",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_units() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("soundmap.layout._MOST_UNIT_CELLS", UNIT_CELLS)
-        patch.setattr("soundmap.layout._LEAST_UNIT_CELLS", UNIT_CELLS)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +339,7 @@ def test_rights_that_are_lost_on_the_way_lose_nothing(
     address: str, guarded: Callable[[str], None]
 ) -> None:
     work = Work(SCHEMA, (3, 4))
-    block = np.ones((3, 16, 16), np.float32)
+    block = np.ones((2, 16, 16), np.float32)
     guarded("writer")
     with begin(address, work, overwrite=False) as store:
         store.write(0, 0, block)

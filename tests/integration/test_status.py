@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +26,10 @@ from soundmap.stores.work import work_path
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 CONCEPTS = "birdsong,road traffic"
+pytestmark = pytest.mark.usefixtures("small_units")
+
 # The raster of 32 x 24 cells becomes 4 x 3 units.
-UNIT_CELLS = 8
 UNITS = 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_units() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("soundmap.layout._MOST_UNIT_CELLS", UNIT_CELLS)
-        patch.setattr("soundmap.layout._LEAST_UNIT_CELLS", UNIT_CELLS)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,31 +22,14 @@ from soundmap.stores import place
 from soundmap.stores.ledger import Ledger, read_job, read_pace, read_reasons
 from soundmap.stores.lock import RunLock, is_running
 from soundmap.stores.run_state import run_state
-from soundmap.stores.schema import MapSchema
 from soundmap.stores.work import Work, begin, complete, work_path
 from soundmap.stores.zarr_store import Status, create, open_store
+from soundmap.testing.fake_map import fake_schema
 
-SCHEMA = MapSchema(
-    concepts=("birdsong", "road traffic"),
-    groups=("biophony", "anthrophony"),
-    colours=("#33a02c", "#e31a1c"),
-    calibrations=("platt", "platt"),
-    value="probability",
-    formula="",
-    detail="patch",
-    dtype="float32",
+SCHEMA = replace(
+    fake_schema(),
     grid=GeoBox((70, 90), Affine(140, 0, 500_000, 0, -140, 4_300_000), "EPSG:32629"),
-    chunk_cells=32,
-    model="soundmap-small",
-    model_hash="0123",
-    imagery="scene.tif",
-    attribution="",
-    licence="",
-    gsd_m=10.0,
-    software="soundmap",
-    created="2026-01-02T03:04:05+00:00",
     extra={"settings": json.dumps({"value": "probability", "model": "small 1234"})},
-    fingerprint="f00d",
 )
 UNITS = (3, 3)
 WORK = Work(SCHEMA, UNITS, job={"units": 7, "request": {"imagery": "town.tif"}})

@@ -255,7 +255,7 @@ def run(request: Request, listener: Listener | None = None, *, going_on: bool = 
                 f"mapping {parts.value} (--value chooses)"
             )
         request = replace(request, value=parts.value)
-        cost = cost_of(parts, request)
+        cost = cost_of(parts, request, listener.wants_time)
         listener.estimated(cost, parts.layout)
         if request.dry_run:
             check_room(request.out, cost.bytes_out)

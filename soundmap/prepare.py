@@ -133,11 +133,13 @@ def _region(request: Request) -> Region | None:
     return None if request.region is None else region_from_file(request.region, request.where)
 
 
-def cost_of(parts: Prepared, request: Request) -> Estimate:
-    """Say what a request will take: with time, unless other machines are to compute it."""
+def cost_of(parts: Prepared, request: Request, with_seconds: bool) -> Estimate:
+    """Say what a request will take; with time if asked, unless other machines are to compute it."""
     cost = estimate(parts.job, parts.encoder, request.dtype)
     # How fast other machines are shows once they have done something.
-    return cost if request.scheduler else with_time(cost, parts.job, parts.encoder)
+    if not with_seconds or request.scheduler:
+        return cost
+    return with_time(cost, parts.job, parts.encoder)
 
 
 def _schema(request: Request, parts: Prepared) -> MapSchema:

@@ -34,6 +34,10 @@ DTYPES = ("float32", "uint8")
 class Listener:
     """Hears how a run goes. Override what you need."""
 
+    wants_time = False
+    """Whether it is to be found out beforehand how long a run takes, which itself takes a second or
+    two."""
+
     def estimated(self, cost: Estimate, layout: Layout) -> None:
         """It is known what the run will take; nothing has been written."""
 

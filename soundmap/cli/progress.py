@@ -27,6 +27,7 @@ class ConsoleListener(Bar, Listener):
 
     def __init__(self, quiet: bool) -> None:
         super().__init__(quiet, "units", "left", tells_left=False)
+        self.wants_time = not quiet
         self._pace = Pace(0)
         self._plan: Plan | None = None
 

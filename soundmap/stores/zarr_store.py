@@ -5,11 +5,12 @@ What lies where is told in `soundmap.stores.template`, what a run notes in `soun
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -86,8 +87,7 @@ class ZarrStore:
         stored = self.schema.pack(block)
         size = self.schema.chunk_cells
         _, height, width = stored.shape
-        with place.writing(self.path):
-            self._check_there()
+        with place.writing(self.path), self._there():
             values = self._array("values")
             values[:, row0 : row0 + height, col0 : col0 + width] = stored
             sums = self._array("partials")
@@ -141,8 +141,7 @@ class ZarrStore:
             It could not be written down: the unit will be computed again.
         """
         self._check_writable()
-        with place.writing(self.path):
-            self._check_there()
+        with place.writing(self.path), self._there():
             ledger = self.ledger()
             if status == Status.FAILED:
                 ledger.reason(index, error)
@@ -229,14 +228,26 @@ class ZarrStore:
         if self.mode == "r":
             raise UsageError(f"{self.path}: opened for reading: open it with mode 'r+' to write")
 
+    @contextlib.contextmanager
+    def _there(self) -> Iterator[None]:
+        """See that the store is where it was, before and after something is written."""
+        self._check_there()
+        try:
+            yield
+        finally:
+            self._check_there()
+
     def _check_there(self) -> None:
-        # Zarr makes folders that are missing: below a disk that was taken away, it would go on
-        # in the empty folder where the disk used to be.
-        if isinstance(self.path, Path) and self.settled():
-            raise OutputError(
-                f"{self.path}: is gone, or finished meanwhile: if its disk was taken away, put it "
-                "back, and the same command goes on"
-            )
+        if not isinstance(self.path, Path) or not self.settled():
+            return
+        # Zarr makes folders that are missing: below a disk that was taken away, in the folder where
+        # the disk used to be.
+        if not set(ROOT_FILES) & set(place.names_in(self.path)):
+            place.remove(self.path)
+        raise OutputError(
+            f"{self.path}: is gone, or finished meanwhile: if its disk was taken away, put it "
+            "back, and the same command goes on"
+        )
 
     def _check_block(self, row0: int, col0: int, shape: tuple[int, ...]) -> None:
         count, height, width = self.schema.shape

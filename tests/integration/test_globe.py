@@ -69,6 +69,8 @@ def write_boxes(path: Path, **boxes: tuple[float, float, float, float]) -> Path:
 class Heard(Listener):
     """Keeps what a run tells."""
 
+    wants_time = True
+
     def __init__(self) -> None:
         self.cost: Estimate | None = None
         self.layout: Layout | None = None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,7 @@ import soundmap
 from soundmap.errors import InputError, OutputError, UsageError
 from soundmap.stores.info import describe
 from soundmap.stores.schema import MapSchema
+from soundmap.stores.statistics import partials
 from soundmap.stores.template import inner_chunk
 from soundmap.stores.zarr_store import Status, create, open_store
 
@@ -321,3 +323,24 @@ def test_open_refuses_what_is_not_ours(tmp_path):
     zarr.create_group(tmp_path / "b.zarr", zarr_format=2)
     with pytest.raises(InputError, match="not written by soundmap"):
         open_store(tmp_path / "b.zarr")
+
+
+def test_what_is_being_written_when_the_disk_goes_leaves_nothing_in_its_place(
+    tmp_path, monkeypatch
+):
+    store = create(tmp_path / "map.zarr", SCHEMA, UNITS)
+    values = numbers()
+    fill(store, values)
+
+    def goes_meanwhile(chunk):
+        # Values are written, the chunk's statistics are not yet.
+        os.rename(store.path, tmp_path / "kept.zarr")
+        return partials(chunk)
+
+    monkeypatch.setattr("soundmap.stores.zarr_store.partials", goes_meanwhile)
+    with pytest.raises(OutputError, match="put it back"):
+        store.write(0, 0, values[:, :32, :32])
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.zarr"]
+    monkeypatch.undo()
+    os.rename(tmp_path / "kept.zarr", store.path)
+    np.testing.assert_array_equal(store.read(), SCHEMA.unpack(SCHEMA.pack(values)))

@@ -153,8 +153,9 @@ def test_a_stopped_client_leaves_nobody_writing(
     stage.start_cluster(2)
     client = stage.client()
     stage.wait_for(lambda: stage.computed().total() > 3)
+    # What is under way does not end before the client is gone.
+    stage.hold.touch()
     assert client.pid is not None
-    client.join(0.05)
     subprocess.run(["kill", f"-{int(number)}", str(client.pid)], check=True)
     client.join(stage.PATIENCE_SECONDS)
     assert client.exitcode == code, stage.log
@@ -163,6 +164,7 @@ def test_a_stopped_client_leaves_nobody_writing(
     assert said == "Stopped. What is done is kept: the same command goes on from there."
     work = work_path(stage.out)
     before = {p: p.stat().st_mtime_ns for p in work.rglob("*")}
+    stage.hold.unlink()
     time.sleep(3 * stage.UNIT_SECONDS)
     assert {p: p.stat().st_mtime_ns for p in work.rglob("*")} == before
     stage.allowed_again = 2

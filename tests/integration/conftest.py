@@ -135,8 +135,10 @@ elif ROLE == "worker":
     from distributed import Worker
     asyncio.run(serve(Worker, ADDRESS, nthreads=THREADS, resources=RESOURCES))
 else:
-    import dask
+    import dask, signal
     import soundmap.layout
+    # Tests that a shell has started in the background were told to ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     soundmap.layout._MOST_UNIT_CELLS = soundmap.layout._LEAST_UNIT_CELLS = UNIT_CELLS
     os.environ["SOUNDMAP_WORKER_PATIENCE_S"] = PATIENCE
     # What processes load that --workers starts.

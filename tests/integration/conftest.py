@@ -137,7 +137,7 @@ elif ROLE == "worker":
 else:
     import dask, signal
     import soundmap.layout
-    # Tests that a shell has started in the background were told to ignore it.
+    # Where a shell has started the tests in the background, it was ignored from the start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     soundmap.layout._MOST_UNIT_CELLS = soundmap.layout._LEAST_UNIT_CELLS = UNIT_CELLS
     os.environ["SOUNDMAP_WORKER_PATIENCE_S"] = PATIENCE

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from soundmap.encoder import InputSpec, ModelCard, bundled_models, find_model
 from soundmap.encoder.card import file_sha256, read_card, verify_files
-from soundmap.errors import ModelError, SoundmapError, UsageError
+from soundmap.errors import ModelError, UsageError
+from tests.unit.messages import one_line
 
 CARD: dict[str, Any] = {
     "name": "fake",
@@ -30,13 +31,6 @@ CARD: dict[str, Any] = {
     },
     "files": {},
 }
-
-
-def one_line(caught: pytest.ExceptionInfo[SoundmapError]) -> str:
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ from soundmap.encoder.bank_files import (
     write_bank,
 )
 from soundmap.encoder.card import read_card
-from soundmap.errors import InputError, ModelError, SoundmapError, UsageError
+from soundmap.errors import InputError, ModelError, UsageError
 from soundmap.testing.fake_encoder import FakeEncoder
+from tests.unit.messages import one_line
 
 CARD: dict[str, Any] = {
     "name": "fake",
@@ -44,13 +45,6 @@ CONCEPTS = [
     {"name": "road traffic", "group": "anthrophony", "colour": "#e31a1c", "prompts": ["cars"]},
     {"name": "waves", "group": "geophony", "colour": "#1f78b4", "prompts": ["surf", "the sea"]},
 ]
-
-
-def one_line(caught: pytest.ExceptionInfo[SoundmapError]) -> str:
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture

@@ -344,3 +344,20 @@ def test_what_is_being_written_when_the_disk_goes_leaves_nothing_in_its_place(
     monkeypatch.undo()
     os.rename(tmp_path / "kept.zarr", store.path)
     np.testing.assert_array_equal(store.read(), SCHEMA.unpack(SCHEMA.pack(values)))
+
+
+def test_two_units_that_miss_the_disk_at_once_say_the_same(tmp_path, monkeypatch):
+    store = create(tmp_path / "map.zarr", SCHEMA, UNITS)
+    fill(store, numbers())
+    os.rename(store.path, tmp_path / "kept.zarr")
+    # What the other unit's write had made in its place; it is removed as this one looks.
+    (tmp_path / "map.zarr").mkdir()
+
+    def gone(location):
+        os.rmdir(location)
+        raise FileNotFoundError(2, "No such file or directory", str(location))
+
+    monkeypatch.setattr("soundmap.stores.zarr_store.place.names_in", gone)
+    with pytest.raises(OutputError, match="put it back"):
+        store.write(0, 0, numbers()[:, :32, :32])
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.zarr"]

@@ -147,6 +147,26 @@ def veil(pixels: Tensor, rng: torch.Generator) -> Tensor:
     return (pixels * (draw(0.9, 1.1) * (1 - part)) + colour * part).clamp_(0, 255)
 
 
+def sharpen(pixels: Tensor, rng: torch.Generator) -> Tensor:
+    """Stretch the contrast of images and give them grain, as aerial pictures have them.
+
+    Parameters
+    ----------
+    pixels
+        float32[B, 3, H, W] in 0..255.
+    rng
+        Where chance comes from.
+    """
+
+    def draw(low: float, high: float) -> Tensor:
+        return _between(low, high, (len(pixels), 1, 1, 1), rng)
+
+    mean = pixels.mean((2, 3), keepdim=True)
+    stretched = mean + (pixels - mean) * draw(1.0, 2.5) + draw(-20.0, 50.0)
+    grain = torch.randn(pixels.shape, generator=rng) * draw(0.0, 15.0)
+    return (stretched + grain).clamp_(0, 255)
+
+
 def hide(pixels: Tensor, share: float, rng: torch.Generator) -> Tensor:
     """Blank a random side or rectangle of some images with the mean of the rest.
 

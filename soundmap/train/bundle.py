@@ -110,15 +110,23 @@ PHASES = (
         warmup=50,
         windows=_LARGE_WINDOWS,
         fixed_norms=True,
-        weights={**_CELLS, "steady": 250.0},
+        weights={**_CELLS, "steady": 250.0, "sharp": 50.0},
     ),
     Phase(
-        800,
+        1000,
         4e-4,
         warmup=40,
         windows=_LARGE_WINDOWS,
         fixed_norms=True,
-        weights={**_CELLS, "caption": 2.5, "steady": 250.0},
+        weights={"patch": 0.6, "patch_phrase": 1.2, "caption": 2.5, "steady": 350.0, "sharp": 20.0},
+    ),
+    Phase(
+        700,
+        3e-4,
+        warmup=40,
+        windows=_LARGE_WINDOWS,
+        fixed_norms=True,
+        weights={"patch": 0.6, "patch_phrase": 1.2, "steady": 700.0, "sharp": 20.0},
     ),
 )
 """Small windows are seen faster, so more of them in the same time; maps are made of large ones."""
@@ -130,7 +138,9 @@ class Recipe:
 
     model: ModelConfig = SMALL
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(PHASES, shares=Shares(beyond_rgb=EUROSAT_MEAN_RGB))
+        default_factory=lambda: TrainConfig(
+            PHASES, shares=Shares(beyond_rgb=EUROSAT_MEAN_RGB), turned_alike=True
+        )
     )
     eurosat_batch: int = 52
     ucmerced_batch: int = 14
@@ -147,8 +157,8 @@ class Recipe:
         ----------
         table
             Any of ``seed``, ``threads``, ``save_every``, ``weight_decay``, ``clip_norm``,
-            ``average``, ``eurosat_batch``, ``ucmerced_batch``, ``clip_pairs``, ``other_clips``,
-            ``cleared``, and ``steps``: a list of numbers, one a phase.
+            ``average``, ``turned_alike``, ``eurosat_batch``, ``ucmerced_batch``, ``clip_pairs``,
+            ``other_clips``, ``cleared``, and ``steps``: a list of numbers, one a phase.
 
         Raises
         ------
@@ -170,7 +180,7 @@ class Recipe:
                 hint = f"did you mean {near[0]!r}?" if near else "leave it out"
                 raise InputError(f"the recipe has no setting {key!r}: {hint}")
             kind = type(getattr(place, key))
-            if isinstance(value, bool) or not isinstance(value, int | kind):
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | kind):
                 raise InputError(f"{key} = {value!r} of the recipe is no {kind.__name__}")
             changed = replace(place, **{key: kind(value)})
             recipe = changed if key in own else replace(recipe, train=changed)
@@ -348,8 +358,9 @@ def write_model(
             "the same for single patches, with patchwork consistency between different light; all "
             "images of a batch with all clips that are audible in them; in later phases, the "
             "same similarities with and without haze, against how much a concept differs from "
-            "place to place; "
-            "class heads during training alone; the convolutions first learn alone",
+            "place to place, in the last three of images stretched and made grainy, too; "
+            "class heads during training alone; the convolutions first learn alone, with weights "
+            "tied so that an image turned by 90 degrees is seen alike",
             "augmentation": "turns and mirrors; gain, contrast, saturation, colour cast, mixed "
             "bands (season), haze; light of the air taken away and the rest stretched, as products "
             "corrected for the atmosphere are; windows cut off, as at the edge of imagery; "

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from soundmap.errors import InputError
 from soundmap.nn.model import ModelConfig, SoundModel
 from soundmap.train.feed import Clips, Diet, draw_batch, rows_of, step_rng
-from soundmap.train.terms import STEM_WEIGHTS, WEIGHTS, Heads, Shares, stem_terms, step_terms
+from soundmap.train.terms import STEM_WEIGHTS, VIEWS, WEIGHTS, Heads, Shares, stem_terms, step_terms
+from soundmap.train.turns import tie, tie_statistics, write_out
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ class Phase:
     fixed_norms: bool = False
     """Whether batch norms use their running statistics, as the finished model does."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Terms that weigh otherwise in this phase. Only where "steady" has a weight are patches held
-    to what they are without haze."""
+    """Terms that weigh otherwise in this phase. Those of `soundmap.train.terms.VIEWS` are left out
+    of phases that give them none."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class TrainConfig:
     average: float = 0.998
     """Decay of the running mean of the weights; the mean is what is kept."""
     shares: Shares = field(default_factory=Shares)
+    turned_alike: bool = False
+    """Whether the convolutions see the same in an image however it is turned, see
+    `soundmap.train.turns`."""
     threads: int = 1
     save_every: int = 200
 
@@ -129,7 +133,7 @@ def fit(
     ------
     InputError
         The checkpoint was made with other settings. Phases that had not begun may differ, and more
-        may follow.
+        may follow. Or the convolutions are to be `TrainConfig.turned_alike` and cannot be.
     """
     torch.set_num_threads(config.threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -149,6 +153,7 @@ def fit(
             run.model.load_state_dict(run.mean.state_dict())
             run.phase, run.step, run.optimiser = run.phase + 1, 0, None
             _save(run, out / CHECKPOINT, told)
+        write_out(run.mean.vit.patch_embed)
         save_weights(run.mean, out / "weights.safetensors")
     return run.mean.eval(), run.before.since(run.began)
 
@@ -163,6 +168,8 @@ def _start(
 ) -> _Run:
     torch.manual_seed(config.seed)
     model = SoundModel(model_config)
+    if config.turned_alike:
+        tie(model.vit.patch_embed)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     heads = Heads(
         model_config.dim,
@@ -254,6 +261,7 @@ def _run_phase(
         nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         run.optimiser.step()
         run.optimiser.zero_grad(set_to_none=True)
+        tie_statistics(run.model.vit.patch_embed)
         with torch.no_grad():
             for scale in (run.model.logit_scale, *_scales(run.model)):
                 scale.clamp_(max=_LARGEST_SCALE)
@@ -289,8 +297,8 @@ def _terms(
     batch = draw_batch(diets, dict(phase.windows), rows, rng)
     if phase.stem_only:
         return stem_terms(run.model, run.heads, diets, batch, rng)
-    steady = "steady" in phase.weights
-    return step_terms(run.model, run.heads, diets, clips, batch, config.shares, rng, steady)
+    views = [view for view in VIEWS if view in phase.weights]
+    return step_terms(run.model, run.heads, diets, clips, batch, config.shares, rng, views)
 
 
 def learning_rate(step: int, phase: Phase) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soundmap.nn.model import SoundModel
-from soundmap.train.augment import gaps, hide, patchwork, recolour, veil
+from soundmap.train.augment import gaps, hide, patchwork, recolour, sharpen, veil
 from soundmap.train.clips import vary
 from soundmap.train.feed import Batch, Clips, Diet, Heard, draw_clips
 from soundmap.train.losses import (
@@ -43,6 +44,10 @@ WEIGHTS = {
 }
 """Of the terms. The four before the last are those of the published objective at half their weight,
 whose fifth, image with image caption, is "caption"."""
+
+VIEWS = ("steady", "sharp")
+"""Terms that hold patches to what they are without haze: images as they are fed, and some of them
+stretched and grainy, of whose labels nothing is learnt. Each is computed where it has a weight."""
 
 STEM_WEIGHTS = {"label": 1.0}
 
@@ -126,7 +131,7 @@ def step_terms(
     batch: Batch,
     shares: Shares,
     rng: torch.Generator,
-    steady: bool = False,
+    views: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Compute all terms of one step.
 
@@ -142,8 +147,8 @@ def step_terms(
         How much is looked at patch by patch.
     rng
         Where chance comes from.
-    steady
-        Whether to hold patches to what they are without haze.
+    views
+        Which of `VIEWS` to compute, "sharp" beside "steady" alone.
 
     Returns
     -------
@@ -151,7 +156,7 @@ def step_terms(
         Term -> scalar, not weighted.
     """
     pixels = hide(recolour(batch.pixels, rng), shares.hidden, rng)
-    clean = _some(batch, shares.veiled if steady else 0.0)
+    clean = _some(batch, shares.veiled if views else 0.0)
     # Half of them as they are, which is how maps are read; the same through haze is to mean the
     # same. What lies beyond the imagery stays as it is.
     missing = gaps(len(clean), pixels.shape[-1], shares.cut, rng)
@@ -217,13 +222,22 @@ def step_terms(
         add("agree", agreement_loss(pieces[own], before[own]))
         add("spread", spread_loss(logits[part]).mean())
     result = {name: _share(values, batch) for name, values in terms.items()}
-    if steady:
+    phrases = texts.prompts.detach().T
+
+    def seen(view: Tensor, of: Tensor) -> Tensor:
+        """Tell how similar the patches drawn of images are to the phrases in another view."""
+        queries = _single(model, _embed(model, view), None, batch.gsd_m[of], places[of])
+        return model.codebook.each(queries) @ phrases
+
+    if "steady" in views:
         hazy = torch.where(missing, beyond, veil(before_haze, rng))
-        veiled = _embed(model, hazy)
-        queries = _single(model, veiled, None, batch.gsd_m[clean], places[clean])
-        phrases = texts.prompts.detach().T
-        other = model.codebook.each(queries) @ phrases
-        result["steady"] = steady_loss(patches[clean] @ phrases, other)
+        result["steady"] = steady_loss(patches[clean] @ phrases, seen(hazy, clean))
+    if "sharp" in views:
+        some, edge = clean[1::2], missing[1::2]
+        sharp = sharpen(before_haze[1::2], rng)
+        views_of = [torch.where(edge, beyond, x) for x in (sharp, veil(sharp, rng))]
+        before_it, after = seen(torch.cat(views_of), some.repeat(2)).chunk(2)
+        result["sharp"] = steady_loss(before_it, after)
     if clips is not None:
         heard = draw_clips(clips, diets, batch, rng)
         result |= _clip_terms(model, heads, clips, heard, raw, texts, rng)

@@ -16,6 +16,7 @@ from soundmap.products.evaluate import (
     evaluate_mosaics,
     evaluate_sample,
 )
+from soundmap.products.robustness import evaluate_robustness
 
 MOST_BYTES = 30_000_000
 
@@ -108,6 +109,23 @@ def test_maps_of_labelled_mosaics(sets: dict[str, SetScore], name: str) -> None:
     assert one.places > 10
     assert len(one.concepts) > 10
     assert one.mean_auc >= 0.85, described(one)
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        "eurosat_mosaic_thames_estuary_utm31.tif",
+        "idaho_aerial_rgb_10m_epsg26912.tif",
+        "pyeongchang_0p6m_epsg3857_cog.tif",
+    ],
+)
+def test_altered_copies_of_a_scene_sound_alike(shared_data: Path, scene: str) -> None:
+    changes = evaluate_robustness(DEFAULT_MODEL, [shared_data / "scenes" / scene])
+    assert len(changes) == 7
+    for one in changes:
+        assert abs(one.change) <= 0.05, one
+    # Where pixels lie on the ground changes, so numbers do.
+    assert all(one.change for one in changes)
 
 
 def test_the_strongest_sound_of_the_sample_fits_its_area() -> None:

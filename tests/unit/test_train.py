@@ -17,14 +17,14 @@ from soundmap.encoder.torch_encoder import model_config
 from soundmap.errors import InputError
 from soundmap.nn.audio_small import AudioConfig
 from soundmap.nn.model import ModelConfig, SoundModel
-from soundmap.nn.vit import ViTConfig
+from soundmap.nn.vit import ConvStem, ViTConfig
 from soundmap.train.bundle import PHASES as RECIPE_PHASES
 from soundmap.train.bundle import Recipe
 from soundmap.train.clips import ClipSet, Hearing, balanced, vary
 from soundmap.train.feed import Clips, Diet, draw_batch, draw_clips, rows_of
 from soundmap.train.loop import Phase, TrainConfig, fit, save_weights
 from soundmap.train.phrases import Phrases
-from soundmap.train.terms import WEIGHTS, Heads, Shares, step_terms
+from soundmap.train.terms import VIEWS, WEIGHTS, Heads, Shares, step_terms
 from tests.unit.little import AUDIBLE, places, rng
 
 CONFIG = ModelConfig(
@@ -79,7 +79,7 @@ def settings(*phases: Phase, **more: Any) -> TrainConfig:
 PHASES = (
     Phase(6, 3e-3, 2, WINDOWS, stem_only=True),
     Phase(80, 3e-3, 2, WINDOWS),
-    Phase(10, 2e-3, 1, ((32, 1.0),), fixed_norms=True, weights={"steady": 2.0}),
+    Phase(10, 2e-3, 1, ((32, 1.0),), fixed_norms=True, weights={"steady": 2.0, "sharp": 1.0}),
 )
 
 
@@ -91,7 +91,7 @@ class TestFit:
         batch = draw_batch([self.diet], {32: 1.0}, [torch.arange(12)], chance)
         with torch.no_grad():
             terms = step_terms(
-                model, heads, [self.diet], heard, batch, Shares(0.5, 8), chance, steady=True
+                model, heads, [self.diet], heard, batch, Shares(0.5, 8), chance, VIEWS
             )
         return {key: float(value) for key, value in terms.items()}
 
@@ -112,7 +112,7 @@ class TestFit:
         torch.manual_seed(train.seed)
         fresh, heads = SoundModel(config), Heads(config.dim, 32, {"places": 3}, 4)
         before = self.losses(fresh.eval(), heads, clips())
-        weights = {**WEIGHTS, "steady": 1.0}
+        weights = {**WEIGHTS, "steady": 1.0, "sharp": 1.0}
         assert set(before) == set(weights)
         assert all(math.isfinite(v) for v in before.values())
         model, spent = fit(config, train, [self.diet], clips(), tmp_path / "run")
@@ -132,8 +132,9 @@ class TestFit:
         assert rows[0]["train"]["phases"][1]["steps"] == 80
         assert model_config(rows[0]["model"]) == config
         assert [row["step"] for row in rows[1:] if "step" in row] == [6, 50, 80, 10]
-        # A term that only some phases have.
-        assert ["steady" in row for row in rows[1:]] == [False, False, False, True]
+        # Terms that only some phases have.
+        for view in VIEWS:
+            assert [view in row for row in rows[1:]] == [False, False, False, True]
         state = load_file(str(folder / "weights.safetensors"))
         for key, value in model.state_dict().items():
             assert torch.equal(state[key], value), key
@@ -144,8 +145,11 @@ class TestFit:
         model, _ = fit(CONFIG, settings(Phase(2, 1e-3, 1, WINDOWS)), [self.diet], None, tmp_path)
         assert not model.config.audio
 
+    @pytest.mark.parametrize("alike", [False, True])
     @pytest.mark.parametrize("stop", [1, 7, 9, 13])
-    def test_stopped_and_gone_on_from(self, tmp_path: Path, stop: int, monkeypatch: Any) -> None:
+    def test_stopped_and_gone_on_from(
+        self, tmp_path: Path, stop: int, alike: bool, monkeypatch: Any
+    ) -> None:
         import soundmap.train.loop as loop
 
         train = settings(
@@ -153,6 +157,7 @@ class TestFit:
             Phase(7, 1e-3, 1, WINDOWS),
             Phase(4, 1e-3, 1, WINDOWS, fixed_norms=True),
             save_every=3,
+            turned_alike=alike,
         )
         whole, _ = fit(HEARS, train, [self.diet], clips(), tmp_path / "a")
         original, calls = loop._terms, 0
@@ -173,6 +178,22 @@ class TestFit:
         assert calls <= 15 + 1 + 3
         for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
             assert torch.equal(a, b), name
+
+    @pytest.mark.parametrize("alike", [False, True])
+    def test_turned_alike(self, tmp_path: Path, alike: bool) -> None:
+        train = settings(*PHASES, turned_alike=alike)
+        fit(CONFIG, train, [self.diet], None, tmp_path)
+        model = SoundModel(CONFIG)
+        model.load_state_dict(load_file(str(tmp_path / "weights.safetensors")))
+        # Layers that pass over every second pixel begin with the first, so a turned image is seen
+        # from the pixel beside. Without that the same weights compare exactly.
+        stem = ConvStem(CONFIG.vit.stem, (1, 1, 1), CONFIG.vit.width)
+        stem.load_state_dict(model.vit.patch_embed.state_dict())
+        images = model.normalise(torch.from_numpy(self.diet.data.pixels[:4]))
+        with torch.no_grad():
+            seen, turned = (stem.eval()(x) for x in (images, torch.rot90(images, 1, (2, 3))))
+        change = (torch.rot90(seen, 1, (2, 3)) - turned).abs().max() / seen.std()
+        assert change < 1e-3 if alike else change > 0.1
 
     def test_other_settings_do_not_go_on(self, tmp_path: Path) -> None:
         fit(CONFIG, settings(Phase(1, 1e-3, 1, WINDOWS)), [self.diet], None, tmp_path)
@@ -276,6 +297,8 @@ class TestRecipe:
         assert found.eurosat_batch == 8
         assert [p.steps for p in found.train.phases] == steps
         assert found.model == Recipe().model
+        for alike in (False, True):
+            assert Recipe.read({"turned_alike": alike}).train.turned_alike is alike
 
     @pytest.mark.parametrize(
         ("table", "message"),
@@ -283,6 +306,7 @@ class TestRecipe:
             ({"sead": 1}, "no setting 'sead': did you mean 'seed'"),
             ({"seed": "x"}, "seed = 'x' of the recipe is no int"),
             ({"seed": True}, "no int"),
+            ({"turned_alike": 1}, "turned_alike = 1 of the recipe is no bool"),
             ({"steps": [1]}, "give [0-9] numbers, one a phase"),
             ({"steps": [0] * len(RECIPE_PHASES)}, "give [0-9] numbers, one a phase"),
         ],

@@ -13,6 +13,7 @@ from soundmap.train.augment import (
     hide,
     patchwork,
     recolour,
+    sharpen,
     turn,
     veil,
 )
@@ -93,6 +94,25 @@ class TestAugment:
         lifted = veil(torch.zeros(60, 3, 2, 2), rng())[:, :, 0, 0]
         assert lifted.max() < 0.3 * 230
         assert lifted.mean() > 10
+
+    def test_sharpen(self) -> None:
+        images = pixels(200).float() / 4 + 64
+        before = images.clone()
+        found = sharpen(images, rng())
+        assert torch.equal(images, before)
+        assert found.min() >= 0
+        assert found.max() <= 255
+        # From as much contrast to two and a half times that, each image by itself.
+        contrast = found.std((1, 2, 3)) / images.std((1, 2, 3))
+        assert 0.9 < contrast.min() < 1.2
+        assert 1.8 < contrast.max() < 2.6
+        light = (found - images).mean((1, 2, 3))
+        assert -25 < light.min() < -5
+        assert 35 < light.max() < 55
+        # Flat ground is flat no more.
+        grain = sharpen(torch.full((200, 3, 16, 16), 100.0), rng()).std((1, 2, 3))
+        assert grain.min() < 2
+        assert 12 < grain.max() < 18
 
     def test_clear(self) -> None:
         images = torch.full((200, 3, 2, 2), 90.0)

@@ -64,7 +64,7 @@ class _Same(nn.Module):
 def tie(stem: nn.Module) -> None:
     """Tie the weights of convolutions, in place, so that turned images are seen alike.
 
-    Half of the weights are not kept: tie before training.
+    Three quarters of the weights are not kept: tie before training.
 
     Parameters
     ----------

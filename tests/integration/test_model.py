@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from soundmap.encoder import DEFAULT_MODEL, find_model, load_encoder
 from soundmap.encoder.card import verify_files
+from soundmap.encoder.torch_encoder import WEIGHTS_FILE, model_config, read_weights
+from soundmap.nn.vit import ConvStem
 from soundmap.products.evaluate import (
     SetScore,
     evaluate_model,
@@ -109,6 +112,22 @@ def test_maps_of_labelled_mosaics(sets: dict[str, SetScore], name: str) -> None:
     assert one.places > 10
     assert len(one.concepts) > 10
     assert one.mean_auc >= 0.85, described(one)
+
+
+def test_its_convolutions_see_turned_images_alike() -> None:
+    card = find_model(DEFAULT_MODEL)
+    config = model_config(dict(card.data["architecture"])).vit
+    place = "vit.patch_embed."
+    weights = read_weights(card.folder / WEIGHTS_FILE, lambda name: name.startswith(place))
+    # Layers that pass over every second pixel begin with the first, so that a turned image is seen
+    # from the pixel beside. Without that the same weights compare exactly.
+    stem = ConvStem(config.stem, (1,) * len(config.stem), config.width)
+    stem.load_state_dict({name.removeprefix(place): value for name, value in weights.items()})
+    images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen, turned = (stem.eval()(x) for x in (images, torch.rot90(images, 1, (2, 3))))
+    assert seen.std() > 0.01
+    torch.testing.assert_close(torch.rot90(seen, 1, (2, 3)), turned, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

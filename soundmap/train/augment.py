@@ -157,13 +157,11 @@ def sharpen(pixels: Tensor, rng: torch.Generator) -> Tensor:
     rng
         Where chance comes from.
     """
-
-    def draw(low: float, high: float) -> Tensor:
-        return _between(low, high, (len(pixels), 1, 1, 1), rng)
-
+    each = (len(pixels), 1, 1, 1)
     mean = pixels.mean((2, 3), keepdim=True)
-    stretched = mean + (pixels - mean) * draw(1.0, 2.5) + draw(-20.0, 50.0)
-    grain = torch.randn(pixels.shape, generator=rng) * draw(0.0, 15.0)
+    stretched = mean + (pixels - mean) * _between(1.0, 2.5, each, rng)
+    stretched += _between(-20.0, 50.0, each, rng)
+    grain = torch.randn(pixels.shape, generator=rng) * _between(0.0, 15.0, each, rng)
     return (stretched + grain).clamp_(0, 255)
 
 

@@ -99,6 +99,7 @@ _LARGE_WINDOWS = ((64, 0.7), (48, 0.3))
 
 # Single cells are what a map shows: once the codes are found, they count more.
 _CELLS = {"patch": 0.4, "patch_phrase": 0.8}
+_MORE_CELLS = {"patch": 0.6, "patch_phrase": 1.2}
 
 PHASES = (
     Phase(7000, 3e-3, warmup=150, windows=_SMALL_WINDOWS, stem_only=True),
@@ -118,7 +119,7 @@ PHASES = (
         warmup=40,
         windows=_LARGE_WINDOWS,
         fixed_norms=True,
-        weights={"patch": 0.6, "patch_phrase": 1.2, "caption": 2.5, "steady": 350.0, "sharp": 20.0},
+        weights={**_MORE_CELLS, "caption": 2.5, "steady": 350.0, "sharp": 20.0},
     ),
     Phase(
         700,
@@ -126,7 +127,7 @@ PHASES = (
         warmup=40,
         windows=_LARGE_WINDOWS,
         fixed_norms=True,
-        weights={"patch": 0.6, "patch_phrase": 1.2, "steady": 700.0, "sharp": 20.0},
+        weights={**_MORE_CELLS, "steady": 700.0, "sharp": 20.0},
     ),
 )
 """Small windows are seen faster, so more of them in the same time; maps are made of large ones."""

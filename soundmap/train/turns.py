@@ -19,26 +19,27 @@ from soundmap.nn.vit import ConvStem
 DIRECTIONS = 4
 
 
-class _First(nn.Module):
-    """Filters of pixels, in four directions: float[O / 4, I, k, k] to float[O, I, k, k]."""
-
-    def forward(self, own: Tensor) -> Tensor:
-        return torch.cat([torch.rot90(own, r, (2, 3)) for r in range(DIRECTIONS)])
+class _Tied(nn.Module):
+    """Weights of which the first direction alone learns."""
 
     def right_inverse(self, whole: Tensor) -> Tensor:
         return whole[: len(whole) // DIRECTIONS].clone()
 
 
-class _Between(nn.Module):
+class _First(_Tied):
+    """Filters of pixels, in four directions: float[O / 4, I, k, k] to float[O, I, k, k]."""
+
+    def forward(self, own: Tensor) -> Tensor:
+        return torch.cat([torch.rot90(own, r, (2, 3)) for r in range(DIRECTIONS)])
+
+
+class _Between(_Tied):
     """Filters of what has directions: each is turned, and hears directions one further on."""
 
     def forward(self, own: Tensor) -> Tensor:
         step = own.shape[1] // DIRECTIONS
         turned = [torch.rot90(own, r, (2, 3)).roll(r * step, 1) for r in range(DIRECTIONS)]
         return torch.cat(turned)
-
-    def right_inverse(self, whole: Tensor) -> Tensor:
-        return whole[: len(whole) // DIRECTIONS].clone()
 
 
 class _Last(nn.Module):
@@ -51,14 +52,11 @@ class _Last(nn.Module):
         return whole[:, : whole.shape[1] // DIRECTIONS].clone()
 
 
-class _Same(nn.Module):
+class _Same(_Tied):
     """One number for all four directions of a filter: float[O / 4] to float[O]."""
 
     def forward(self, own: Tensor) -> Tensor:
         return own.repeat(DIRECTIONS)
-
-    def right_inverse(self, whole: Tensor) -> Tensor:
-        return whole[: len(whole) // DIRECTIONS].clone()
 
 
 def tie(stem: nn.Module) -> None:
